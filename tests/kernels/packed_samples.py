@@ -1,0 +1,56 @@
+"""Packed layers with random codes, and what rounding allows."""
+
+from __future__ import annotations
+
+import torch
+
+from trifold.core.canonical import Quantized
+from trifold.core.scheme import SCALE_DTYPES, Scheme
+from trifold.formats import FORMATS
+from trifold.kernels import PackedLinear
+
+WIDTHS = range(1, 9)
+GROUPS = (16, 100, "channel", "tensor")
+
+
+def quantized(
+    out_features: int, in_features: int, bits: int, group, symmetric: bool, scale_dtype: str = "bfloat16"
+) -> Quantized:
+    """Random codes, zero-points and scales in 0.01..0.03."""
+    scheme = Scheme(bits, group, symmetric, scale_dtype)  # type: ignore[arg-type]
+    shape = scheme.scale_shape(out_features, in_features)
+    generator = torch.Generator().manual_seed(hash((out_features, in_features, bits, symmetric)) % 2**31)
+    codes = torch.randint(0, 2**bits, (out_features, in_features), generator=generator, dtype=torch.uint8)
+    zero = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
+    scale = (0.01 + 0.02 * torch.rand(shape, generator=generator)).to(SCALE_DTYPES[scale_dtype])
+    return Quantized(codes, scale, None if symmetric else zero, scheme)
+
+
+def layer(weight: Quantized, bias: bool = False, input_bits: int | None = None) -> PackedLinear:
+    """A PackedLinear that holds `weight`."""
+    form = FORMATS.get("int")
+    spec = form.describe(weight) | ({"input": {"bits": input_bits}} if input_bits else {})
+    module = PackedLinear(spec, bias, torch.float32)
+    tensors = form.pack(weight)
+    if bias:
+        tensors["bias"] = torch.linspace(-1, 1, weight.shape[0])
+    module.load_state_dict(tensors)
+    return module
+
+
+def activations(tokens: int, in_features: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+
+
+def excess(
+    y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, roundings: int = 1
+) -> float:
+    """Largest error of y against x Wᵀ + b in float64, over the error that arithmetic in y's dtype may make:
+    the weights and `roundings` results in that dtype, sums in float32. At most 1 if all is well."""
+    eps = torch.finfo(y.dtype).eps
+    exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    inexact = 0.0 if y.dtype in (torch.float32, torch.float64) else eps / 2
+    allowed = roundings * eps * exact.abs() + (x.shape[1] * 2**-24 + roundings * inexact) * size
+    return float(((y.double() - exact).abs() / allowed.clamp(min=1e-30)).max())

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from packed_samples import layer, quantized
+
+from trifold.core.canonical import Dense
+from trifold.core.registry import Registry
+from trifold.formats.base import FORMATS, Format
+from trifold.kernels import PackedEmbedding, PackedLinear, explain, resolve
+from trifold.kernels.dispatch import TABLE
+
+INT4 = layer(quantized(96, 160, 4, 32, False)).spec
+W8A8 = layer(quantized(96, 160, 8, "channel", False), input_bits=8).spec
+
+
+class Plain(Format):
+    """A format that the kernels know nothing of."""
+
+    def holds(self, canonical):
+        return isinstance(canonical, Dense)
+
+    def describe(self, canonical):
+        return {"format": "plain", "shape": list(canonical.shape)}
+
+    def layout(self, spec):
+        return {"weight": (tuple(spec["shape"]), torch.float32)}
+
+    def pack(self, canonical):
+        return {"weight": canonical.values}
+
+    def unpack(self, tensors, spec):
+        return Dense(tensors["weight"])
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    formats: Registry[Format] = Registry("format")
+    formats.register("plain")(Plain())
+    monkeypatch.setattr(FORMATS, "_entries", {**FORMATS._entries, **formats._entries})
+
+
+def test_choices_and_reasons():
+    choice = explain(INT4, torch.bfloat16, "cpu")
+    assert (choice.op, choice.rejected) == ("weight_only.torch_int4", {})
+    choice = explain(INT4, torch.float32, "cpu")
+    assert choice.op == "weight_only.blockwise"
+    assert choice.rejected == {
+        "weight_only.torch_int4": "takes torch.bfloat16 activations, not torch.float32"
+    }
+    choice = explain(INT4, torch.bfloat16, "cuda")
+    assert choice.op == "weight_only.blockwise"
+    assert choice.rejected == {"weight_only.torch_int4": "runs on cpu, not cuda"}
+    choice = explain({**INT4, "bits": 5}, torch.bfloat16, "cpu")
+    assert choice.rejected == {"weight_only.torch_int4": "bits=5 is outside 2..4"}
+    assert explain(W8A8, torch.float16, "cpu").op == "int8_dynamic.torch_int8"
+    choice = explain({**W8A8, "group_size": 32}, torch.float32, "cpu")
+    assert choice.op == "int8_dynamic.blockwise"
+    assert choice.rejected == {"int8_dynamic.torch_int8": "group_size=32 is neither 'channel' nor 'tensor'"}
+
+
+def test_explain_agrees_with_resolve():
+    for spec in (INT4, W8A8, {**INT4, "input": {"bits": 6}}):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            op = resolve(spec, dtype, torch.device("cpu"))
+            assert explain(spec, dtype, "cpu").op == op.name
+            assert op in [row.op for row in TABLE]
+
+
+def test_integer_activations_are_refused():
+    with pytest.raises(TypeError, match="floating point"):
+        resolve(INT4, torch.int8, torch.device("cpu"))
+
+
+def test_names_are_unique_and_every_folder_ends_with_its_reference():
+    names = [row.op.name for row in TABLE]
+    assert len(set(names)) == len(names)
+    for folder in {name.split(".")[0] for name in names}:
+        assert [name for name in names if name.startswith(folder + ".")][-1] == f"{folder}.naive"
+
+
+def test_a_module_resolves_once_per_dtype(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "trifold.kernels.packed_linear.resolve", lambda *args: calls.append(args[1]) or resolve(*args)
+    )
+    module = layer(quantized(7, 43, 4, 16, False))
+    for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16):
+        module(torch.zeros(2, 43, dtype=dtype))
+    assert calls == [torch.float32, torch.bfloat16]
+
+
+def test_a_new_format_works_through_the_references(plain):
+    spec, dense = {"format": "plain", "shape": [7, 43]}, torch.randn(7, 43)
+    choice = explain(spec, torch.float32, "cpu")
+    assert choice.op == "weight_only.naive"
+    assert choice.rejected["weight_only.blockwise"] == "format 'plain' cannot decode some rows alone"
+    module = PackedLinear(spec, False, torch.float32)
+    module.load_state_dict({"weight": dense})
+    x = torch.randn(3, 43, requires_grad=True)
+    y = module(x)
+    assert torch.equal(y, x @ dense.T) or torch.allclose(y, x @ dense.T, atol=1e-5)
+    y.sum().backward()
+    assert torch.allclose(x.grad, dense.sum(0).expand(3, 43), atol=1e-5)
+    rounding = PackedLinear({**spec, "input": {"bits": 8}}, False, torch.float32)
+    rounding.load_state_dict({"weight": dense})
+    assert explain(rounding.spec, torch.float32, "cpu").op == "int8_dynamic.naive"
+    assert torch.allclose(rounding(x), y, atol=0.3)
+    table = PackedEmbedding(spec, torch.float32)
+    table.load_state_dict({"weight": dense})
+    assert torch.equal(table(torch.tensor([2, 0])), dense[[2, 0]])

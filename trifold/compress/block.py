@@ -1,0 +1,221 @@
+"""Compressing one decoder block: rewrite it, then solve its linears stage by stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from trifold.compress.plan import LayerPlan, Plan
+from trifold.compress.runner import BlockRunner
+from trifold.core.canonical import Canonical
+from trifold.core.errors import CheckpointError
+from trifold.core.linears import set_weight, weight_of
+from trifold.core.method import BlockContext, Bounds, LayerProblem, LayerSolution, Rewrite, Statistics
+from trifold.core.obs import relative_error
+from trifold.core.scheme import fake_quantize_per_token
+from trifold.core.statistics import Gram, Statistic
+from trifold.core.topology import Topology
+from trifold.formats import FORMATS, Spec, bits_per_weight, digest, format_for
+
+LayerDone = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass
+class Compressed:
+    """What is known of finished layers, by full name.
+
+    tensors: as stored. modules: specs for the checkpoint's config. report: error, bits, events per layer.
+    digests: SHA-256 of the stored tensors of each layer.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    modules: dict[str, Spec] = field(default_factory=dict)
+    report: dict[str, dict[str, Any]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, plan: LayerPlan, canonical: Canonical) -> None:
+        """Pack a layer's decision."""
+        fmt = FORMATS.get(format_for(canonical))
+        spec, tensors = fmt.describe(canonical), fmt.pack(canonical)
+        if plan.input is not None:
+            spec["input"] = {"bits": plan.input.bits}
+        self.modules[name] = spec
+        self.digests[name] = digest(tensors)
+        self.tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+
+
+class BlockCompressor:
+    """Solves the linears of one block (or of the tail behind the blocks) in place and collects the outcome.
+
+    prefix: full name of the module, with a dot. observed: whether the hidden states come from calibration
+    text; if not, only data-free methods run and errors are those of the weights.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        prefix: str,
+        plan: Plan,
+        runner: BlockRunner,
+        observed: bool,
+        layer_done: LayerDone,
+    ) -> None:
+        self.module, self.prefix, self.plan, self.runner = module, prefix, plan, runner
+        self.observed, self.layer_done = observed, layer_done
+        self.weights = {name: weight_of(m).float().clone() for name, m in runner.linears.items()}
+        self.grams: dict[str, torch.Tensor] = {}  # by stage leader, where an earlier pass gathered them
+        self.bounds: dict[str, Bounds] = {}
+        self.events: dict[str, dict[str, Any]] = {}
+        self.done = Compressed()
+
+    def layer_plan(self, name: str) -> LayerPlan:
+        return self.plan.layers[self.prefix + name]
+
+    # -- block methods ---------------------------------------------------------------------------------
+
+    def rewrite(self, topology: Topology, carries: dict[str, Any]) -> None:
+        """Run the recipe's block methods. carries: what each passed on from the block before."""
+        for step, method, allowed in self.plan.rewrites:
+            chosen = [name for name in self.weights if self.prefix + name in allowed]
+            statistics = self._gather(chosen, (Gram, *method.needs))
+            leaders = {name: stage[0] for stage in self.runner.stages for name in stage}
+            context = BlockContext(
+                topology=topology,
+                weights={name: self.weights[name] for name in chosen},
+                parameters=self._parameters(),
+                inputs={name: leaders[name] for name in chosen},
+                statistics={leaders[name]: statistics[leaders[name]] for name in chosen},
+                schemes={name: self.layer_plan(name).scheme for name in chosen},
+                replay=self._replay,
+            )
+            change, carries[step] = method.rewrite(context, carries.get(step))
+            self._apply(change, {leader: s.gram for leader, s in statistics.items()}, leaders)
+
+    def _gather(self, names: Sequence[str], kinds: Sequence[type[Statistic]]) -> dict[str, Statistics]:
+        """One pass over the batches for the stages that hold these linears, by stage leader."""
+        unique = list(dict.fromkeys(kinds))
+        leaders = [stage[0] for stage in self.runner.stages if set(stage) & set(names)]
+        statistics = {
+            leader: Statistics(unique, self.weights[leader].shape[1], self.weights[leader].device)
+            for leader in leaders
+        }
+        if statistics:
+            self.runner.observe(statistics)
+        return statistics
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        solved = {name + ".weight" for name in self.weights}
+        return {name: p.data for name, p in self.module.named_parameters() if name not in solved}
+
+    @torch.no_grad()
+    def _replay(self, name: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        before = {layer: weight_of(self.runner.linears[layer]).clone() for layer in weights}
+        try:
+            for layer, weight in weights.items():
+                set_weight(self.runner.linears[layer], weight)
+            submodule, outputs = self.module.get_submodule(name), []
+            for args, kwargs in self.runner.sample(name):
+                out = submodule(*args, **kwargs)
+                outputs.append(out[0] if isinstance(out, tuple | list) else out)
+        finally:
+            for layer, weight in before.items():
+                set_weight(self.runner.linears[layer], weight)
+        return torch.cat([out.float().flatten(0, -2) for out in outputs])
+
+    def _apply(self, change: Rewrite, grams: dict[str, torch.Tensor], leaders: Mapping[str, str]) -> None:
+        parameters = dict(self.module.named_parameters())
+        for name, value in change.parameters.items():
+            parameters[name].data = value.to(parameters[name].dtype)
+        for name, weight in change.weights.items():
+            self.weights[name] = weight
+            set_weight(self.runner.linears[name], weight)
+        for name, divisor in change.divided.items():
+            if leaders[name] == name:
+                inverse = divisor.double().reciprocal()
+                grams[name] = grams[name] * inverse * inverse[:, None]
+        self.grams = grams
+        self.bounds.update(change.bounds)
+        for name, event in change.events.items():
+            self.events.setdefault(name, {}).update(event)
+
+    # -- layer methods ---------------------------------------------------------------------------------
+
+    def solve(self, true_sequential: bool) -> Compressed:
+        """Solve every stage in order of execution; the module ends up with the dequantised weights."""
+        if self.observed and not true_sequential and not self.grams:
+            self.grams = {k: s.gram for k, s in self._gather(list(self.weights), (Gram,)).items()}
+        for stage in self.runner.stages:
+            started = time.perf_counter()
+            gram = self._gram(stage, true_sequential)
+            solutions = self._solve_stage(stage, gram)
+            seconds = (time.perf_counter() - started) / len(stage)
+            for name in stage:
+                self._settle(name, solutions[name], gram, seconds)
+            self.runner.finish(stage)
+        return self.done
+
+    def _gram(self, stage: Sequence[str], true_sequential: bool) -> torch.Tensor | None:
+        """The stage's Gram: as the compressed prefix gives it if a method needs it so, else from an earlier pass."""
+        if not self.observed:
+            return None
+        needed = any(self.layer_plan(name).method.needs for name in stage)
+        if stage[0] in self.grams and not (needed and true_sequential):
+            return self.grams[stage[0]]
+        return self._gather(stage, (Gram,))[stage[0]].gram
+
+    def _solve_stage(self, stage: Sequence[str], gram: torch.Tensor | None) -> dict[str, LayerSolution]:
+        """Layers of one method are solved together."""
+        by_method: dict[Any, list[str]] = {}
+        for name in stage:
+            by_method.setdefault(self.layer_plan(name).method, []).append(name)
+        solutions = {}
+        for method, names in by_method.items():
+            problem = LayerProblem(
+                {name: self.weights[name] for name in names},
+                {name: self.layer_plan(name).scheme for name in names},
+                gram,
+                {name: self.bounds[name] for name in names if name in self.bounds},
+            )
+            try:
+                solution = method.solve(problem)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{self.prefix}{names[0]}: {error}; check the model and the text"
+                ) from error
+            solutions.update(dict.fromkeys(names, solution))
+        return solutions
+
+    def _settle(self, name: str, solution: LayerSolution, gram: torch.Tensor | None, seconds: float) -> None:
+        plan, canonical, module = self.layer_plan(name), solution.canonical[name], self.runner.linears[name]
+        weight = canonical.dequantize()
+        set_weight(module, weight)
+        if plan.input is not None:
+            rounding = partial(fake_quantize_per_token, scheme=plan.input)
+            module.register_forward_pre_hook(lambda _m, args: (rounding(args[0]), *args[1:]))
+        self.done.add(self.prefix + name, plan, canonical)
+        metric = gram if gram is not None else torch.eye(weight.shape[1], dtype=torch.float64)
+        entry = {
+            "error": relative_error(self.weights[name], weight, metric),
+            "error_of": "output" if gram is not None else "weight",
+            "bits_per_weight": bits_per_weight(self.done.modules[self.prefix + name]),
+            "seconds": round(seconds, 4),
+            **self.events.get(name, {}),
+            **solution.events.get(name, {}),
+        }
+        self.done.report[self.prefix + name] = entry
+        self.layer_done(self.prefix + name, entry)
+
+
+def dense_tensors(module: nn.Module, prefix: str, solved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What stays as it is: every persistent tensor but the solved weights, by full name."""
+    return {
+        prefix + name: tensor.detach().clone()
+        for name, tensor in module.state_dict().items()
+        if (prefix + name).removesuffix(".weight") not in solved or not name.endswith(".weight")
+    }

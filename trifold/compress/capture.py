@@ -1,0 +1,128 @@
+"""What every block is called with: one cheap forward per batch, with stubs in place of the blocks.
+
+Blocks of one model may be called with different masks, rotary tables or extra inputs, so each one's own
+arguments are recorded; nothing is traced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trifold.core.errors import InputError
+
+
+class _Stop(Exception):  # noqa: N818 - control flow, not an error
+    pass
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one block call, hidden states excluded (the first positional, or by keyword)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    positional: bool
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's hidden states for these inputs."""
+        if self.positional:
+            out = block(hidden, *self.args, **self.kwargs)
+        else:
+            out = block(*self.args, **{**self.kwargs, "hidden_states": hidden})
+        return out[0] if isinstance(out, tuple | list) else out
+
+
+class _Stub(nn.Module):
+    def __init__(self, block: nn.Module, seen: list[tuple[torch.Tensor, Call]], last: bool, as_tuple: bool):
+        super().__init__()
+        object.__setattr__(self, "_block", block)
+        self.seen, self.last, self.as_tuple = seen, last, as_tuple
+
+    def __getattr__(self, name: str) -> Any:  # decoder loops read attributes such as the attention type
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rest = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
+        self.seen.append((hidden, Call(args[1:], rest, bool(args))))
+        if self.last:
+            raise _Stop
+        return (hidden,) if self.as_tuple else hidden
+
+
+@dataclass(frozen=True)
+class Captured:
+    """hidden: states that enter block 0, (batch, seq, hidden). calls: of every block. as_tuple: whether the
+    decoder expects its blocks to return tuples."""
+
+    hidden: torch.Tensor
+    calls: list[Call]
+    as_tuple: bool
+
+
+@torch.no_grad()
+def capture_calls(model: Any, blocks: nn.ModuleList, ids: torch.Tensor) -> Captured:
+    """Record what every block is called with for ids (batch, seq) int64. Blocks may be on the meta device.
+
+    Raises InputError if the decoder does not call its blocks one after the other.
+    """
+    real = list(blocks)
+    problem: Exception | None = None
+    for as_tuple in (False, True):  # whether blocks return a tensor or a tuple is found out, not declared
+        seen: list[tuple[torch.Tensor, Call]] = []
+        problem = None
+        for i, block in enumerate(real):
+            blocks[i] = _Stub(block, seen, i == len(real) - 1, as_tuple)
+        try:
+            model(input_ids=ids, use_cache=False)
+        except _Stop:
+            pass
+        except Exception as error:
+            problem = error
+        finally:
+            for i, block in enumerate(real):
+                blocks[i] = block
+        if problem is None and len(seen) == len(real) and all(h.shape == seen[0][0].shape for h, _ in seen):
+            return Captured(seen[0][0], [call for _, call in seen], as_tuple)
+    raise InputError(f"{type(model).__name__}: its blocks cannot be run one by one ({problem!r})")
+
+
+class _Inject(_Stub):
+    """Passes the given hidden states on in place of a block's own."""
+
+    def __init__(self, block: nn.Module, hidden: torch.Tensor, as_tuple: bool):
+        super().__init__(block, [], False, as_tuple)
+        self.hidden = hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.hidden,) if self.as_tuple else self.hidden
+
+
+class Tail(nn.Module):
+    """Everything behind the blocks, as a module: hidden states of the last block -> logits.
+
+    It shares the model's submodules under their own names.
+    """
+
+    def __init__(self, model: Any, blocks: nn.ModuleList, as_tuple: bool) -> None:
+        super().__init__()
+        self._modules = model._modules
+        object.__setattr__(self, "_owner", (model, blocks, as_tuple))
+
+    def forward(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        model, blocks, as_tuple = object.__getattribute__(self, "_owner")
+        real = list(blocks)
+        for i, block in enumerate(real):
+            blocks[i] = _Inject(block, hidden, as_tuple)
+        try:
+            return model(input_ids=ids, use_cache=False).logits
+        finally:
+            for i, block in enumerate(real):
+                blocks[i] = block

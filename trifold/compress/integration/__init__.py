@@ -1,0 +1,1 @@
+"""The bridge to transformers: the registered quantiser, loading, packed modules in place of dense ones."""

@@ -1,0 +1,58 @@
+"""Packed modules in place of dense ones, as a checkpoint's `modules` entry says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from trifold.compress.block import Compressed
+from trifold.core.errors import CheckpointError
+from trifold.core.linears import is_linear, is_transposed
+from trifold.formats import Spec
+from trifold.kernels import PackedLinear
+
+
+def replace_modules(model: nn.Module, modules: Mapping[str, Spec]) -> None:
+    """Put an empty packed module, on the device of the dense one, wherever a spec says so.
+
+    Raises CheckpointError if a name or a shape does not fit the model.
+    """
+    for name, spec in modules.items():
+        try:
+            dense = model.get_submodule(name)
+        except AttributeError as error:
+            raise CheckpointError(f"config.json: no layer {name!r} in {type(model).__name__}") from error
+        model.set_submodule(name, _packed(name, dense, spec))
+
+
+def _packed(name: str, dense: nn.Module, spec: Spec) -> PackedLinear:
+    if not is_linear(dense):
+        raise CheckpointError(f"config.json: {name} is a {type(dense).__name__}, not a linear layer")
+    weight, bias = dense.get_parameter("weight"), getattr(dense, "bias", None)
+    shape = list(reversed(weight.shape)) if is_transposed(dense) else list(weight.shape)
+    if shape != list(spec["shape"]):
+        raise CheckpointError(f"config.json: {name} has shape {shape}, its entry says {spec['shape']}")
+    with torch.device(weight.device):
+        packed = PackedLinear(spec, bias is not None, weight.dtype if bias is None else bias.dtype)
+    return packed.train(dense.training)
+
+
+def install(model: Any, compressed: Compressed, everything: Compressed) -> None:
+    """Put finished layers into a live model, with every parameter that compression rewrote.
+
+    `everything` collects what has been installed so far.
+    """
+    replace_modules(model, compressed.modules)
+    for name, tensor in compressed.tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf in module._parameters:
+            module._parameters[leaf].data = tensor.to(module._parameters[leaf].device)
+        else:
+            setattr(module, leaf, tensor.to(module._buffers[leaf].device))
+    everything.modules.update(compressed.modules)
+    everything.report.update(compressed.report)
+    everything.digests.update(compressed.digests)

@@ -1,0 +1,96 @@
+"""Our checkpoints under plain `from_pretrained`: a quantisation method registered with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from trifold.compress.checkpoint import FORMAT_VERSION, QUANT_METHOD
+from trifold.compress.integration.modules import replace_modules
+from trifold.core.errors import CheckpointError
+from trifold.kernels import PackedLinear
+
+
+@register_quantization_config(QUANT_METHOD)
+class TrifoldConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json, kept as it is. Raises CheckpointError for a newer major format."""
+
+    def __init__(
+        self, modules: dict[str, Any] | None = None, format_version: str = FORMAT_VERSION, **rest: Any
+    ):
+        self.quant_method = QUANT_METHOD
+        self.format_version = format_version
+        self.modules = modules or {}
+        self.rest = {k: v for k, v in rest.items() if k != "quant_method"}
+        if int(format_version.split(".")[0]) > int(FORMAT_VERSION.split(".")[0]):
+            needed = format_version.split(".")[0]
+            raise CheckpointError(
+                f"checkpoint format {format_version} is newer than this Trifold reads ({FORMAT_VERSION}); "
+                f"install a version that reads format {needed}: pip install --upgrade trifold"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": self.format_version,
+            "modules": self.modules,
+            **self.rest,
+        }
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+@register_quantizer(QUANT_METHOD)
+class TrifoldQuantizer(HfQuantizer):
+    """Puts packed modules into the skeleton; the tensors then load by name."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        replace_modules(model, self.quantization_config.modules)
+        if checkpoint_files:
+            _check_tensors(model, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        return model
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _check_tensors(model: Any, files: Sequence[str]) -> None:
+    """transformers only warns of missing tensors and keeps garbage; packed ones have to be there and fit."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            found.update({key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()})  # noqa: SIM118
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            for leaf, buffer in module.named_buffers():
+                shape = found.get(f"{name}.{leaf}")
+                if shape != tuple(buffer.shape):
+                    state = "missing" if shape is None else f"of shape {shape}, not {tuple(buffer.shape)}"
+                    raise CheckpointError(f"{name}.{leaf} is {state}; copy the checkpoint again")
+
+
+def packed_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers that a model holds now."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())

@@ -1,0 +1,136 @@
+"""The journal of a running compression: what makes an interrupted run continue where it was.
+
+It lives in OUT.partial/journal. Every finished block leaves its packed tensors, its report and the hidden
+states that enter the next block; each file is written aside, synced to disk and renamed, and the JSON comes
+last, so a block either counts whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from trifold.compress.block import Compressed
+from trifold.core.errors import InputError
+
+
+class Journal:
+    """Files of one run. `done` blocks are on disk; the tail after the blocks is not kept."""
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+        """Open the journal, or begin one. Raises InputError if it belongs to a different run."""
+        self.folder = folder
+        stamp = folder / "fingerprint.json"
+        ours = json.loads(json.dumps(fingerprint))
+        if stamp.exists():
+            theirs = json.loads(stamp.read_text())
+            different = _difference(theirs, ours)
+            if different:
+                raise InputError(
+                    f"{folder.parent}: an unfinished run with {different}; --fresh starts over, "
+                    "or repeat the command that began it"
+                )
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_synced(stamp, json.dumps(ours, indent=1, sort_keys=True).encode())
+        self.done = 0
+        while self._json(self.done).exists() and self._shard(self.done).exists():
+            self.done += 1
+        while self.done and not self._hidden(self.done).exists():
+            self.done -= 1  # its hidden states were never finished
+
+    def _json(self, block: int) -> Path:
+        return self.folder / f"block-{block:05d}.json"
+
+    def _shard(self, block: int) -> Path:
+        return self.folder / f"block-{block:05d}.safetensors"
+
+    def _hidden(self, done: int) -> Path:
+        return self.folder / f"hidden-{done:05d}.safetensors"
+
+    def write_block(
+        self, block: int, compressed: Compressed, hidden: Sequence[torch.Tensor], carries: Mapping[str, Any]
+    ) -> None:
+        """Keep a finished block and the hidden states behind it."""
+        save_synced(compressed.tensors, self._shard(block))
+        save_synced({f"{i:05d}": h for i, h in enumerate(hidden)}, self._hidden(block + 1))
+        entry = {
+            "modules": compressed.modules,
+            "report": compressed.report,
+            "digests": compressed.digests,
+            "carries": carries,
+        }
+        write_synced(self._json(block), json.dumps(entry, sort_keys=True).encode())
+        self._hidden(block).unlink(missing_ok=True)
+        self.done = block + 1
+
+    def entry(self, block: int) -> dict[str, Any]:
+        """What was noted of a finished block."""
+        return json.loads(self._json(block).read_text())
+
+    def hidden(self) -> list[torch.Tensor]:
+        """The hidden states behind the last finished block. Raises InputError if the file is damaged."""
+        return [t for _, t in sorted(self._load(self._hidden(self.done)).items())]
+
+    def block_tensors(self, block: int) -> dict[str, torch.Tensor]:
+        """The packed tensors of a finished block."""
+        return self._load(self._shard(block))
+
+    def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep tensors under a name, for the proof."""
+        save_synced(tensors, self.folder / f"{name}.safetensors")
+
+    def kept(self, name: str) -> dict[str, torch.Tensor]:
+        """What `keep` stored."""
+        return self._load(self.folder / f"{name}.safetensors")
+
+    def _load(self, path: Path) -> dict[str, torch.Tensor]:
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: damaged ({error}); --fresh starts over") from error
+
+    def remove(self) -> None:
+        """Forget everything: the run is complete."""
+        shutil.rmtree(self.folder)
+
+
+def save_synced(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata={"format": "pt"})
+    with open(aside, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(aside, path)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(aside, path)
+
+
+def _difference(theirs: Any, ours: Any, where: str = "") -> str:
+    """The first place where two JSON values differ, in words; empty if they do not."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted({*theirs, *ours}):
+            found = _difference(theirs.get(key), ours.get(key), f"{where}.{key}" if where else key)
+            if found:
+                return found
+        return ""
+    if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        pairs = enumerate(zip(theirs, ours, strict=True))
+        return next((d for i, (a, b) in pairs if (d := _difference(a, b, f"{where}[{i}]"))), "")
+    return "" if theirs == ours else f"{where}={theirs!r} (now {ours!r})"

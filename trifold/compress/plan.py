@@ -1,0 +1,113 @@
+"""From a recipe and layer names to one decision per layer. Loads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from trifold.compress.recipe import BLOCKS, Recipe, Step, matches
+from trifold.core.errors import RecipeError
+from trifold.core.linears import is_transposed, linears
+from trifold.core.method import BlockMethod, LayerMethod
+from trifold.core.scheme import InputScheme, Scheme
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one linear. shape: (out, in)."""
+
+    shape: tuple[int, int]
+    method: LayerMethod
+    scheme: Scheme
+    input: InputScheme | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """layers: full name -> its plan, blocks first. rewrites: block methods in order, with the layers each may touch."""
+
+    layers: Mapping[str, LayerPlan]
+    rewrites: tuple[tuple[str, BlockMethod, frozenset[str]], ...] = ()
+    notices: tuple[str, ...] = field(default=())
+
+
+def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
+    """Resolve a recipe against a model, which may be on the meta device.
+
+    blocks: path of the block list. Raises RecipeError if two steps solve one layer, a pattern fits nothing or
+    a layer cannot be compressed.
+    """
+    modules = linears(model)
+    inside = [name for name in modules if name.startswith(blocks + ".")]
+    others = [name for name in modules if not name.startswith(blocks + ".")]
+    layers: dict[str, LayerPlan] = {}
+    owner: dict[str, str] = {}
+    rewrites = []
+    for step in recipe.steps:
+        names = _targets(step, inside, others)
+        if not step.solves:
+            method = step.build()
+            assert isinstance(method, BlockMethod)
+            rewrites.append((step.name, method, frozenset(names) & frozenset(inside)))
+            continue
+        for name in names:
+            if name in owner:
+                raise RecipeError(
+                    f"{name}: both {owner[name]!r} and {step.name!r} would solve it; add it to one step's `ignore`"
+                )
+            _check_tied(model, name)
+            plan = _layer_plan(step, name, modules[name])
+            if plan is not None:
+                owner[name], layers[name] = step.name, plan
+    ordered = {name: layers[name] for name in (*inside, *others) if name in layers}
+    if not ordered:
+        raise RecipeError(f"recipe {recipe.name!r} leaves every layer dense; check `targets` and `ignore`")
+    return Plan(ordered, tuple(rewrites))
+
+
+def _targets(step: Step, inside: list[str], others: list[str]) -> list[str]:
+    everything, chosen = [*inside, *others], dict[str, None]()
+    for pattern in step.targets:
+        found = inside if pattern == BLOCKS else [name for name in everything if matches(pattern, name)]
+        if not found:
+            raise RecipeError(
+                f"step {step.name!r}: target {pattern!r} fits no linear layer, e.g. {everything[0]}"
+            )
+        chosen.update(dict.fromkeys(found))
+    for pattern in (*step.ignore, *(o.match for o in step.overrides)):
+        if not any(matches(pattern, name) for name in everything):
+            raise RecipeError(
+                f"step {step.name!r}: pattern {pattern!r} fits no linear layer, e.g. {everything[0]}"
+            )
+    return [name for name in chosen if not any(matches(pattern, name) for pattern in step.ignore)]
+
+
+def _layer_plan(step: Step, name: str, module: nn.Module) -> LayerPlan | None:
+    assert step.scheme is not None
+    scheme, options = step.scheme.model_dump(), {}
+    for override in step.overrides:
+        if matches(override.match, name):
+            if override.skip:
+                return None
+            scheme.update(override.scheme)
+            options.update(override.options)
+    method = step.build(options)
+    assert isinstance(method, LayerMethod)
+    try:
+        built = Scheme(**scheme)
+    except (TypeError, RecipeError) as error:
+        raise RecipeError(f"step {step.name!r}, {name}: {error}") from error
+    shape = tuple(module.get_parameter("weight").shape)
+    rows, columns = reversed(shape) if is_transposed(module) else shape
+    return LayerPlan((rows, columns), method, built, step.input.build() if step.input else None)
+
+
+def _check_tied(model: Any, name: str) -> None:
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if f"{name}.weight" in tied:
+        raise RecipeError(
+            f"{name}: shares its weight with {tied[f'{name}.weight']}, which stays dense; leave it out"
+        )

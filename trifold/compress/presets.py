@@ -1,0 +1,46 @@
+"""Preset names: `wN[aN][-method]`, such as `w4a16-gptq`. N is the number of bits; 16 means left as it is."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from trifold.core.errors import RecipeError, unknown_name
+
+_NAME = re.compile(r"w(?P<weight>\d+)(?:a(?P<input>\d+))?(?:-(?P<method>[a-z][a-z0-9-]*))?")
+
+STEPS: dict[str, list[dict[str, Any]]] = {
+    "rtn": [{"method": "rtn"}],
+    "gptq": [{"method": "gptq"}],
+    "awq": [{"method": "awq"}, {"method": "rtn"}],
+    "awq-gptq": [{"method": "awq"}, {"method": "gptq"}],
+}
+"""Method part of a preset -> steps; the scheme goes to the last one."""
+
+_WEIGHT_ONLY = {"scheme": {"group_size": 128}}
+_WITH_INPUT = {"scheme": {"group_size": "channel", "symmetric": True}, "options": {"ranges": "minmax"}}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The recipe of a preset name, as plain data. Raises RecipeError naming the nearest known ones."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise RecipeError(unknown_name("recipe", name, preset_names()))
+    bits, inputs = int(match["weight"]), int(match["input"] or 16)
+    method = match["method"] or ("rtn" if bits >= 8 else "gptq")
+    if method not in STEPS:
+        raise RecipeError(unknown_name("recipe", name, preset_names()))
+    if inputs != 16 and inputs != 8:
+        raise RecipeError(f"{name}: activations of {inputs} bits have no preset; a16 and a8 do")
+    steps = [dict(step) for step in STEPS[method]]
+    base = _WEIGHT_ONLY if inputs == 16 else _WITH_INPUT
+    steps[-1]["scheme"] = {"bits": bits, **base["scheme"]}
+    if inputs != 16:
+        steps[-1] |= {"input": {"bits": inputs}, "options": base["options"]}
+    return {"name": name, "steps": steps}
+
+
+def preset_names() -> list[str]:
+    """The names that `trifold recipes` lists."""
+    names = [f"w{bits}a16-{method}" for bits in (4, 3, 2) for method in STEPS]
+    return [*names, "w8a16", "w8a16-gptq", "w8a8", "w8a8-gptq"]

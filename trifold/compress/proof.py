@@ -1,0 +1,136 @@
+"""The round-trip proof: what lies on disk is what compression decided, and runs to the same logits.
+
+The written checkpoint is walked block by block, with packed modules and dispatched kernels, over the first
+calibration batch. Stored tensors must be bit-equal to the decided ones, logits close to the reference that
+used dequantised weights and plain matrix products.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from trifold.compress.block import Compressed
+from trifold.compress.capture import Tail, capture_calls
+from trifold.compress.integration.modules import replace_modules
+from trifold.compress.journal import Journal
+from trifold.compress.source import Source, materialise_buffers, shard_files
+from trifold.core.errors import ProofError
+from trifold.formats import FORMATS, digest
+
+LOGITS_FP32 = 1e-3
+KL, RELATIVE_L2 = 1e-3, 2e-2
+
+
+class Written:
+    """Tensors of a finished folder, read a block at a time into a skeleton with packed modules."""
+
+    def __init__(self, folder: Path, skeleton: Any) -> None:
+        self.files, self.model = shard_files(folder), skeleton
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Every stored tensor whose name begins so."""
+        found = {}
+        for file in sorted({f for name, f in self.files.items() if name.startswith(prefix)}):
+            with safe_open(file, framework="pt") as handle:
+                names = [n for n in handle.keys() if n.startswith(prefix)]  # noqa: SIM118
+                found.update({name: handle.get_tensor(name) for name in names})
+        return found
+
+    def fill(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        """Set parameters and buffers by name."""
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            if leaf in module._parameters:
+                module._parameters[leaf] = torch.nn.Parameter(tensor.to(device), requires_grad=False)
+            else:
+                setattr(module, leaf, tensor.to(device))
+
+    def empty(self, prefix: str) -> None:
+        """Give a block's memory back."""
+        block = self.model.get_submodule(prefix[:-1])
+        persistent = {name: t.to("meta") for name, t in block.state_dict().items()}
+        self.fill({prefix + name: t for name, t in persistent.items()}, torch.device("meta"))
+
+
+def prove(
+    folder: Path, decided: Compressed, journal: Journal, ids: torch.Tensor, source: Source
+) -> dict[str, float]:
+    """Walk the written checkpoint. Raises ProofError naming the layer or block; returns the measured distances."""
+    _bit_equal(folder, decided)
+    written = Written(folder, _skeleton(source, decided))
+    model, device = written.model, source.device
+    blocks = model.get_submodule(source.blocks)
+    outside = {n: t for n, t in written.tensors("").items() if not n.startswith(source.blocks + ".")}
+    written.fill(outside, device)
+    model.tie_weights()
+    captured = capture_calls(model, blocks, ids.to(device))
+    hidden = captured.hidden
+    for index, call in enumerate(captured.calls):
+        prefix = f"{source.blocks}.{index}."
+        written.fill(written.tensors(prefix), device)
+        with torch.no_grad():
+            hidden = call.run(blocks[index], hidden)
+        reference = journal.kept(f"reference-{index:05d}")["hidden"].to(device)
+        _close(f"{source.blocks}.{index}: hidden states", hidden, reference)
+        written.empty(prefix)
+    with torch.no_grad():
+        logits = Tail(model, blocks, captured.as_tuple)(hidden, ids.to(device))
+    return compare_logits(logits, journal.kept("reference-logits")["logits"].to(device))
+
+
+def _bit_equal(folder: Path, decided: Compressed) -> None:
+    files = shard_files(folder)
+    for name, spec in decided.modules.items():
+        fmt, tensors = FORMATS.get(spec["format"]), {}
+        for leaf in fmt.layout(spec):
+            key = f"{name}.{leaf}"
+            if key not in files:
+                raise ProofError(f"{key} was not written; please report this")
+            with safe_open(files[key], framework="pt") as handle:
+                tensors[leaf] = handle.get_tensor(key)
+        again = fmt.pack(fmt.unpack(tensors, spec))
+        if not decided.digests[name] == digest(tensors) == digest(again):
+            raise ProofError(f"{name}: the stored weight is not the one that was decided; please report this")
+
+
+def _skeleton(source: Source, decided: Compressed) -> Any:
+    with torch.device("meta"):
+        model = type(source.model)(copy.deepcopy(source.config)).to(source.dtype).eval()
+    materialise_buffers(model, source.device)
+    replace_modules(model, decided.modules)
+    return model
+
+
+def _close(what: str, found: torch.Tensor, reference: torch.Tensor) -> None:
+    distance = float(
+        (found.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30)
+    )
+    limit = LOGITS_FP32 if reference.dtype == torch.float32 else 2 * RELATIVE_L2
+    if not distance <= limit:
+        raise ProofError(f"{what} from disk differ from the reference by {distance:.2e} (limit {limit:.0e})")
+
+
+def compare_logits(found: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    """Distances of logits (..., vocabulary). Raises ProofError beyond the limits of the reference's dtype."""
+    exact = reference.dtype == torch.float32
+    found, reference = found.double(), reference.double()
+    log_p, log_q = reference.log_softmax(-1), found.log_softmax(-1)
+    measured = {
+        "max_abs": float((found - reference).abs().max()),
+        "relative_l2": float((found - reference).norm() / reference.norm().clamp(min=1e-30)),
+        "kl": float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
+    }
+    limits = {"max_abs": LOGITS_FP32} if exact else {"kl": KL, "relative_l2": RELATIVE_L2}
+    for name, limit in limits.items():
+        if not measured[name] <= limit:
+            raise ProofError(
+                f"logits from disk differ from the reference: {name} {measured[name]:.2e} > {limit:.0e}"
+            )
+    return measured

@@ -1,0 +1,249 @@
+"""Recipes: what to do to which layers. Validated models <-> YAML, preset names, `--set`."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+import trifold.quantizers  # noqa: F401 - registers its methods
+from trifold.core.errors import RecipeError, unknown_name
+from trifold.core.method import METHODS, LayerMethod, Method
+from trifold.core.scheme import InputScheme, Scheme
+
+BLOCKS = "blocks"
+"""The target that means: every linear inside the decoder blocks."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SchemeModel(_Strict):
+    """`core.scheme.Scheme` as a recipe spells it."""
+
+    bits: int = 4
+    group_size: int | Literal["channel", "tensor"] = 128
+    symmetric: bool = False
+    scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+    def build(self) -> Scheme:
+        return Scheme(**self.model_dump())
+
+    @model_validator(mode="after")
+    def _possible(self) -> SchemeModel:
+        self.build()
+        return self
+
+
+class InputModel(_Strict):
+    """How activations are quantised: per token, at run time."""
+
+    bits: int = 8
+
+    def build(self) -> InputScheme:
+        return InputScheme(self.bits)
+
+    @model_validator(mode="after")
+    def _possible(self) -> InputModel:
+        self.build()
+        return self
+
+
+class Override(_Strict):
+    """Other settings for the layers that match; later overrides win. `skip` leaves them dense."""
+
+    match: str
+    skip: bool = False
+    scheme: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Step(_Strict):
+    """One method on some layers. Patterns are shell globs on full layer names, or `re:` regular expressions."""
+
+    method: str
+    name: str = ""
+    targets: tuple[str, ...] = (BLOCKS,)
+    ignore: tuple[str, ...] = ()
+    scheme: SchemeModel | None = None
+    input: InputModel | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    overrides: tuple[Override, ...] = ()
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        METHODS.get(value)
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("method") not in METHODS:
+            return data
+        kind = METHODS.get(data["method"])
+        full = {"name": data["method"], **data}
+        full["options"] = dataclasses.asdict(build_method(data["method"], data.get("options") or {}))  # type: ignore[call-overload]
+        if issubclass(kind, LayerMethod) and kind.quantizes:
+            full.setdefault("scheme", {})
+        elif data.get("scheme") or data.get("input"):
+            raise RecipeError(
+                f"step {full['name']!r}: {data['method']} takes no scheme; give it to a later step"
+            )
+        return full
+
+    def build(self, override: Mapping[str, Any] | None = None) -> Method:
+        return build_method(self.method, {**self.options, **(override or {})})
+
+    @property
+    def solves(self) -> bool:
+        return issubclass(METHODS.get(self.method), LayerMethod)
+
+
+class Recipe(_Strict):
+    """Ordered steps, and how much calibration text they want."""
+
+    name: str = "custom"
+    steps: tuple[Step, ...] = Field(min_length=1)
+    nsamples: int = Field(default=128, ge=1)
+    seqlen: int = Field(default=2048, ge=2)
+    true_sequential: bool = True
+    seed: int = 0
+
+    @property
+    def data_free(self) -> bool:
+        """True if no step needs calibration text."""
+        return not any(METHODS.get(step.method).needs for step in self.steps)
+
+    @classmethod
+    def load(cls, source: str | Path | Recipe | Mapping[str, Any]) -> Recipe:
+        """A recipe from itself, a mapping, a YAML file or a preset name. Raises RecipeError."""
+        if isinstance(source, Recipe):
+            return source
+        if isinstance(source, Mapping):
+            return cls._validated(dict(source), "recipe")
+        path = Path(source)
+        if path.suffix in (".yaml", ".yml") or path.exists():
+            try:
+                data = yaml.safe_load(path.read_text())
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise RecipeError(f"{path}: cannot be read as YAML ({_first_line(error)})") from error
+            if not isinstance(data, Mapping):
+                raise RecipeError(
+                    f"{path}: a recipe is a mapping with `steps`; see `trifold recipes w4a16-gptq`"
+                )
+            return cls._validated({"name": path.stem, **data}, str(path))
+        from trifold.compress.presets import preset
+
+        return cls._validated(preset(str(source)), str(source))
+
+    @classmethod
+    def _validated(cls, data: Any, where: str) -> Recipe:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {_explain(error)}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
+
+    def updated(self, settings: Iterable[str]) -> Recipe:
+        """With `k=v` in every step (or the recipe) that owns the field, `STEP.k=v` in one step."""
+        data = self.to_dict()
+        for setting in settings:
+            key, sign, text = setting.partition("=")
+            if not sign:
+                raise RecipeError(f"--set {setting}: write it as key=value")
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise RecipeError(f"--set {setting}: {_first_line(error)}") from error
+            _assign(data, key.strip(), value)
+        return self._validated(data, "--set")
+
+
+def build_method(name: str, options: Mapping[str, Any]) -> Method:
+    """The method `name` with these settings. Raises RecipeError for unknown or impossible ones."""
+    kind = METHODS.get(name)
+    known = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            raise RecipeError(f"{name}: {unknown_name('option', option, known)}")
+    try:
+        return TypeAdapter(kind).validate_python(dict(options))
+    except ValidationError as error:
+        raise RecipeError(f"{name}: {_explain(error)}") from error
+
+
+def matches(pattern: str, layer: str) -> bool:
+    """Whether a glob, or a regular expression after `re:`, fits the full layer name."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], layer) is not None
+    return fnmatch.fnmatchcase(layer, pattern)
+
+
+def _fields(data: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """Field -> [(owner, mapping that holds it)], with owners named as `--set OWNER.k=v` does."""
+    owners: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for field in ("nsamples", "seqlen", "seed", "true_sequential"):
+        owners.setdefault(field, []).append(("recipe", data))
+    for step in data["steps"]:
+        for part in ("scheme", "options"):
+            for field in step[part] or {}:
+                owners.setdefault(field, []).append((step["name"], step[part]))
+        for field in ("targets", "ignore"):
+            owners.setdefault(field, []).append((step["name"], step))
+    return owners
+
+
+def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    owner, _, field = key.rpartition(".")
+    owners = _fields(data)
+    places = [place for name, place in owners.get(field, ()) if owner in ("", name)]
+    if not places:
+        known = {f"{o}.{f}" if owner else f for f, held in owners.items() for o, _ in held}
+        raise RecipeError(f"--set {key}: {unknown_name('setting', key, known)}")
+    for place in places:
+        listed = field in ("targets", "ignore") and not isinstance(value, list)
+        place[field] = [value] if listed else value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = unknown_name("key", first["loc"][-1], _known_keys(first["loc"]))
+        return f"{message} (in {where})"
+    return f"{where}: {message}" if where else message
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        model = {"steps": Step, "scheme": SchemeModel, "input": InputModel, "overrides": Override}.get(
+            part, model
+        )
+    return list(model.model_fields)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,1 @@
+"""Nouns and shared mathematics."""

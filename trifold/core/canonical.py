@@ -1,0 +1,211 @@
+"""Canonical tensors: what a method decided about a weight, independent of how it is stored.
+
+Leaves are `Dense`, `Quantized` and `LowRank`; `Sparse`, `Chain`, `Sum` and `Split` nest them. Every one knows
+the (out, in) shape of the weight it stands for, and `dequantize()` gives that weight in float32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+from trifold.core.ranges import expand_groups
+from trifold.core.scheme import Scheme
+
+
+class Canonical(ABC):
+    """A weight matrix as a method left it."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+
+    @abstractmethod
+    def dequantize(self) -> torch.Tensor:
+        """The weight, (out, in) float32."""
+
+
+def _two(shape: torch.Size) -> tuple[int, int]:
+    if len(shape) != 2:
+        raise ValueError(f"a weight has two dimensions, not shape {tuple(shape)}")
+    return shape[0], shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Canonical):
+    """values: (out, in), any float dtype."""
+
+    values: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return _two(self.values.shape)
+
+    def dequantize(self) -> torch.Tensor:
+        return self.values.float()
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized(Canonical):
+    """(codes - zero_point) * scale.
+
+    codes: (out, in) uint8. scale: `scheme.scale_shape`, in `scheme.scale_dtype`. zero_point: the same shape,
+    uint8; None if the scheme is symmetric.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor | None
+    scheme: Scheme
+
+    def __post_init__(self) -> None:
+        expected = self.scheme.scale_shape(*_two(self.codes.shape))
+        if tuple(self.scale.shape) != expected:
+            raise ValueError(f"scale has shape {tuple(self.scale.shape)}, the scheme says {expected}")
+        if (self.zero_point is None) != self.scheme.symmetric:
+            raise ValueError("a zero_point goes with an asymmetric scheme, and only with it")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return _two(self.codes.shape)
+
+    def dequantize(self) -> torch.Tensor:
+        rows, columns = self.shape
+        width = self.scheme.group_width(columns)
+        scale = expand_groups(self.scale.float(), rows, columns, width)
+        if self.zero_point is None:
+            return (self.codes.float() - self.scheme.midpoint) * scale
+        return (self.codes.float() - expand_groups(self.zero_point.float(), rows, columns, width)) * scale
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Canonical):
+    """left @ right. left: (out, rank), right: (rank, in)."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.left.shape[1] != self.right.shape[0]:
+            raise ValueError(f"ranks differ: left {tuple(self.left.shape)}, right {tuple(self.right.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]
+
+    def dequantize(self) -> torch.Tensor:
+        return self.left.float() @ self.right.float()
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse(Canonical):
+    """`values` where `mask` is true, exactly zero elsewhere.
+
+    mask: (out, in) bool. pattern: "unstructured", "N:M" (at most N of M consecutive inputs kept) or "1xG"
+    (groups of G consecutive inputs kept or dropped whole; the last group of a row may be shorter).
+    """
+
+    values: Canonical
+    mask: torch.Tensor
+    pattern: str = "unstructured"
+
+    def __post_init__(self) -> None:
+        if tuple(self.mask.shape) != self.values.shape or self.mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool of shape {self.values.shape}")
+        if not self._holds():
+            raise ValueError(f"mask does not follow the pattern {self.pattern!r}")
+
+    def _holds(self) -> bool:
+        if self.pattern == "unstructured":
+            return True
+        columns = self.mask.shape[1]
+        if ":" in self.pattern:
+            keep, of = (int(part) for part in self.pattern.split(":"))
+            padded = torch.nn.functional.pad(self.mask, (0, -columns % of))
+            return bool((padded.reshape(len(padded), -1, of).sum(-1) <= keep).all())
+        size = int(self.pattern.removeprefix("1x"))
+        whole = self.mask[:, : columns - columns % size].reshape(len(self.mask), -1, size)
+        rest = self.mask[:, columns - columns % size :]
+        return all(bool((part.all(-1) | ~part.any(-1)).all()) for part in (whole, rest) if part.shape[-1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape
+
+    def dequantize(self) -> torch.Tensor:
+        return self.values.dequantize().masked_fill(~self.mask, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Chain(Canonical):
+    """A product, outermost factor first: `parts[0] @ parts[1] @ ...`."""
+
+    parts: tuple[Canonical, ...]
+
+    def __post_init__(self) -> None:
+        for a, b in zip(self.parts, self.parts[1:], strict=False):
+            if a.shape[1] != b.shape[0]:
+                raise ValueError(f"factors of shapes {a.shape} and {b.shape} do not chain")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.parts[0].shape[0], self.parts[-1].shape[1]
+
+    def dequantize(self) -> torch.Tensor:
+        return reduce(torch.matmul, (part.dequantize() for part in self.parts))
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Canonical):
+    """A sum of weights of one shape, such as a compressed weight and its low-rank residual."""
+
+    parts: tuple[Canonical, ...]
+
+    def __post_init__(self) -> None:
+        if len({part.shape for part in self.parts}) != 1:
+            raise ValueError(f"summands have different shapes: {[part.shape for part in self.parts]}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.parts[0].shape
+
+    def dequantize(self) -> torch.Tensor:
+        return reduce(torch.add, (part.dequantize() for part in self.parts))
+
+
+@dataclass(frozen=True, eq=False)
+class Split(Canonical):
+    """Rows (axis 0) or columns (axis 1) divided among parts.
+
+    index: (out,) or (in,) int64; position i of the weight is the next unused row or column of part index[i].
+    """
+
+    axis: int
+    index: torch.Tensor
+    parts: tuple[Canonical, ...]
+
+    def __post_init__(self) -> None:
+        counts = torch.bincount(self.index, minlength=len(self.parts)).tolist()
+        sizes = [part.shape[self.axis] for part in self.parts]
+        if counts != sizes or len({part.shape[1 - self.axis] for part in self.parts}) != 1:
+            raise ValueError(f"index gives the parts {counts} places on axis {self.axis}, they have {sizes}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        other = self.parts[0].shape[1 - self.axis]
+        return (len(self.index), other) if self.axis == 0 else (other, len(self.index))
+
+    def dequantize(self) -> torch.Tensor:
+        weight = torch.empty(self.shape)
+        for number, part in enumerate(self.parts):
+            places = (self.index == number).nonzero().squeeze(1)
+            weight.index_copy_(self.axis, places, part.dequantize())
+        return weight

@@ -1,0 +1,41 @@
+"""Which modules are matrix products, and their weights as (out, in)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_PLAIN_SUBCLASSES = {"FalconLinear"}  # their own forward is nn.Linear's
+_TRANSPOSED = {"Conv1D"}  # transformers.pytorch_utils.Conv1D keeps its weight as (in, out)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """True for GPT-2's Conv1D, whose weight is (in, out)."""
+    return type(module).__name__ in _TRANSPOSED
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True if the module computes x Wᵀ + b and nothing else. Routers that subclass nn.Linear are not."""
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return plain or type(module).__name__ in _PLAIN_SUBCLASSES or is_transposed(module)
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight as (out, in); a view, whatever the module's layout."""
+    weight = module.get_parameter("weight").data
+    return weight.T if is_transposed(module) else weight
+
+
+def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
+    """Replace the weight by an (out, in) one, cast to the parameter's dtype."""
+    parameter = module.get_parameter("weight")
+    parameter.data = (weight.T if is_transposed(module) else weight).to(parameter.dtype).contiguous()
+
+
+def linears(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """Every matrix product below `module` with at least two outputs and inputs, by name."""
+    found = {}
+    for name, child in module.named_modules(prefix=prefix):
+        if is_linear(child) and min(child.get_parameter("weight").shape) > 1:
+            found[name] = child
+    return found

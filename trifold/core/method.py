@@ -1,0 +1,155 @@
+"""The four kinds of method, and what they are handed.
+
+A method is one paper's idea: a frozen dataclass of its settings, pure, found by name in `METHODS`.
+
+- A *layer* method solves the linears that share one input: RTN, GPTQ, SparseGPT, SVD.
+- A *block* method rewrites a whole decoder block before it is solved, keeping its function: AWQ, SmoothQuant.
+- A *model* method transforms tensors as they are read: a global rotation.
+- A *tuner* optimises what was decided by gradient: block-wise or end-to-end recovery.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from trifold.core.canonical import Canonical
+from trifold.core.registry import Registry
+from trifold.core.scheme import Scheme
+from trifold.core.statistics import AbsMean, Gram, Statistic
+from trifold.core.topology import Topology
+
+Bounds = tuple[torch.Tensor, torch.Tensor | None]
+"""Scale and zero-point, as `fit_ranges` returns them."""
+
+
+class Statistics:
+    """The accumulators of one layer input, by type."""
+
+    def __init__(
+        self, kinds: Sequence[type[Statistic]], in_features: int, device: torch.device | str = "cpu"
+    ):
+        self._by_kind = {kind: kind(in_features, device) for kind in kinds}
+
+    def __iter__(self):
+        return iter(self._by_kind.values())
+
+    @property
+    def tokens(self) -> int:
+        return max((s.tokens for s in self), default=0)
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """(in, in) float64."""
+        return self._by_kind[Gram].matrix  # type: ignore[attr-defined]
+
+    @property
+    def absmean(self) -> torch.Tensor:
+        """(in,) float32."""
+        return self._by_kind[AbsMean].value  # type: ignore[attr-defined]
+
+    def has(self, kind: type[Statistic]) -> bool:
+        return kind in self._by_kind and self._by_kind[kind].tokens > 0
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """Linears that share one input.
+
+    weights: name -> (out, in) float32. schemes: name -> Scheme, for methods that quantise. gram: (in, in)
+    float64 of their common input, None without calibration. bounds: ranges that an earlier step found.
+    """
+
+    weights: Mapping[str, torch.Tensor]
+    schemes: Mapping[str, Scheme]
+    gram: torch.Tensor | None = None
+    bounds: Mapping[str, Bounds] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerSolution:
+    """canonical: name -> what was decided. events: name -> what a reader of the report should know."""
+
+    canonical: Mapping[str, Canonical]
+    events: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """A decoder block before it is solved.
+
+    weights: linear name inside the block -> (out, in) float32, of the layers the recipe compresses.
+    parameters: name -> every other parameter of the block (norms, biases, linears left dense).
+    inputs: linear name -> name of the first linear that sees the same input. statistics: by that name.
+    schemes: linear name -> scheme of the step that will quantise it. replay(module, weights): the outputs of
+    a submodule on a sample of its own inputs, with some of its linears' weights replaced.
+    """
+
+    topology: Topology
+    weights: Mapping[str, torch.Tensor]
+    parameters: Mapping[str, torch.Tensor]
+    inputs: Mapping[str, str]
+    statistics: Mapping[str, Statistics]
+    schemes: Mapping[str, Scheme]
+    replay: Callable[[str, Mapping[str, torch.Tensor]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What a block method changes. weights, parameters: new values by name. divided: linear name -> (in,), by
+    which its input is now smaller. bounds: ranges for the step that quantises. events: for the report."""
+
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    divided: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    bounds: Mapping[str, Bounds] = field(default_factory=dict)
+    events: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+class Method:
+    """Base of the four kinds. needs: the statistics that calibration must gather; () means data-free."""
+
+    needs: ClassVar[tuple[type[Statistic], ...]] = ()
+
+
+class LayerMethod(Method, ABC):
+    """Decides the weights of linears that share one input."""
+
+    quantizes: ClassVar[bool] = True
+
+    @abstractmethod
+    def solve(self, problem: LayerProblem) -> LayerSolution:
+        """Pure: same problem, same solution."""
+
+
+class BlockMethod(Method, ABC):
+    """Rewrites a block without changing its function. `carry` passes from one block to the next."""
+
+    @abstractmethod
+    def rewrite(self, context: BlockContext, carry: Any) -> tuple[Rewrite, Any]:
+        """Pure: same context and carry, same rewrite."""
+
+
+class ModelMethod(Method, ABC):
+    """Transforms tensors as they are read from the checkpoint."""
+
+    @abstractmethod
+    def transform(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor to use instead."""
+
+
+class Tuner(Method, ABC):
+    """Optimises scales, zero-points or surviving weights by gradient."""
+
+    @abstractmethod
+    def tune(
+        self, block: torch.nn.Module, canonical: Mapping[str, Canonical], batches: Sequence[Any]
+    ) -> Mapping[str, Canonical]:
+        """Better values for what was decided, of the same structure."""
+
+
+METHODS: Registry[type[Method]] = Registry("method")

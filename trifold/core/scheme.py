@@ -1,0 +1,98 @@
+"""Schemes: which numbers a tensor may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from trifold.core.errors import RecipeError
+
+ScaleDtype = Literal["bfloat16", "float16", "float32"]
+SCALE_DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Uniform integers of 1..8 bits: `value = (code - zero_point) * scale`.
+
+    Codes are unsigned, `0 <= code < 2**bits`. With `symmetric` no zero-point is stored: it is `2**(bits-1)`,
+    and for one bit the midpoint 0.5, so that the two levels are `-scale/2` and `+scale/2`.
+    `group_size` counts consecutive input features of one row that share a scale; the last group of a row may
+    be shorter. `"channel"` is one scale per row, `"tensor"` one for the whole matrix.
+
+    Raises RecipeError for an impossible value.
+    """
+
+    bits: int = 4
+    group_size: int | Literal["channel", "tensor"] = 128
+    symmetric: bool = False
+    scale_dtype: ScaleDtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise RecipeError(f"bits={self.bits} is outside 1..8; 4 is usual, 16 means: leave the layer out")
+        if isinstance(self.group_size, int) and self.group_size < 1:
+            raise RecipeError(
+                f"group_size={self.group_size} is below 1; use 32, 64, 128, 'channel' or 'tensor'"
+            )
+        if isinstance(self.group_size, str) and self.group_size not in ("channel", "tensor"):
+            raise RecipeError(f"group_size={self.group_size!r} is neither a number, 'channel' nor 'tensor'")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise RecipeError(f"scale_dtype={self.scale_dtype!r} is not one of {', '.join(SCALE_DTYPES)}")
+
+    @property
+    def max_code(self) -> int:
+        return 2**self.bits - 1
+
+    @property
+    def midpoint(self) -> float:
+        """The implied zero-point of a symmetric scheme."""
+        return 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
+
+    def group_width(self, in_features: int) -> int:
+        """Input features that share a scale."""
+        return min(self.group_size, in_features) if isinstance(self.group_size, int) else in_features
+
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Shape of the scales (and zero-points) of an (out, in) weight."""
+        if self.group_size == "tensor":
+            return (1, 1)
+        return (out_features, -(-in_features // self.group_width(in_features)))
+
+
+@dataclass(frozen=True)
+class InputScheme:
+    """How a layer's activations are quantised: symmetric integers, one scale per token, found at run time.
+
+    `value = code * absmax / (2**(bits-1) - 1)` with `|code| <= 2**(bits-1) - 1`.
+    """
+
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise RecipeError(f"input bits={self.bits} is outside 2..8; 8 is usual, 16 means: leave it out")
+
+    @property
+    def max_code(self) -> int:
+        return int(2 ** (self.bits - 1)) - 1
+
+
+def quantize_per_token(x: torch.Tensor, scheme: InputScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (..., in), any float dtype -> codes int8 (..., in), scale float32 (..., 1). A zero row gets scale 1."""
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True) / scheme.max_code
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (x / scale).round_().clamp_(-scheme.max_code, scheme.max_code).to(torch.int8), scale
+
+
+def fake_quantize_per_token(x: torch.Tensor, scheme: InputScheme) -> torch.Tensor:
+    """x (..., in) rounded to the grid that `quantize_per_token` chooses; same dtype."""
+    codes, scale = quantize_per_token(x, scheme)
+    return (codes.float() * scale).to(x.dtype)

@@ -1,0 +1,138 @@
+"""Statistics: what calibration accumulates about the inputs of a layer.
+
+Each is a streaming accumulator: `update` takes one batch, `merge` adds another accumulator of the same kind
+(another process, another expert). Products are float32, sums float64, so that the order of merging does not
+matter beyond the last bits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One batch at a layer. x: (tokens, in). x_dense: the same tokens in the dense model, (tokens, in).
+
+    y: the layer's output, (tokens, out). grad: the loss gradient at the output, (tokens, out). Only what a
+    statistic `needs` is filled in.
+    """
+
+    x: torch.Tensor
+    x_dense: torch.Tensor | None = None
+    y: torch.Tensor | None = None
+    grad: torch.Tensor | None = None
+
+
+class Statistic(ABC):
+    """A streaming accumulator over observations of one layer input."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"x"})
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.in_features = in_features
+        self.device = torch.device(device)
+        self.tokens = 0
+
+    @abstractmethod
+    def update(self, observation: Observation) -> None:
+        """Add a batch."""
+
+    @abstractmethod
+    def _absorb(self, other: Self) -> None:
+        """Add the sums of `other`."""
+
+    def merge(self, other: Self) -> None:
+        """Add what another accumulator of the same kind has seen."""
+        if type(other) is not type(self) or other.in_features != self.in_features:
+            raise TypeError(f"cannot merge {type(other).__name__}({other.in_features}) into {self!r}")
+        self._absorb(other)
+        self.tokens += other.tokens
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_features})"
+
+
+class Gram(Statistic):
+    """H = sum over tokens of x xᵀ, (in, in) float64. The Hessian of the layer's squared output error is 2H."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(in_features, device)
+        self._upper = torch.zeros(in_features, in_features, dtype=torch.float64, device=self.device)
+
+    def update(self, observation: Observation) -> None:
+        x = observation.x.float()
+        # Blocks of the upper triangle alone: the lower one is its mirror, so nearly half of the products go.
+        block = max(128, -(-self.in_features // 8))
+        for start in range(0, self.in_features, block):
+            stop = min(start + block, self.in_features)
+            self._upper[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+        self.tokens += x.shape[0]
+
+    def _absorb(self, other: Gram) -> None:
+        self._upper += other._upper
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """(in, in) float64, exactly symmetric."""
+        return self._upper.triu() + self._upper.triu(1).T
+
+
+class AbsMean(Statistic):
+    """Mean of |x| of each input feature (AWQ's importance)."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(in_features, device)
+        self.total = torch.zeros(in_features, dtype=torch.float64, device=self.device)
+
+    def update(self, observation: Observation) -> None:
+        self.total += observation.x.float().abs().sum(0, dtype=torch.float64)
+        self.tokens += observation.x.shape[0]
+
+    def _absorb(self, other: AbsMean) -> None:
+        self.total += other.total
+
+    @property
+    def value(self) -> torch.Tensor:
+        """(in,) float32; zeros before the first token."""
+        return (self.total / max(self.tokens, 1)).float()
+
+
+class Mean(Statistic):
+    """Mean of x of each input feature."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(in_features, device)
+        self.total = torch.zeros(in_features, dtype=torch.float64, device=self.device)
+
+    def update(self, observation: Observation) -> None:
+        self.total += observation.x.float().sum(0, dtype=torch.float64)
+        self.tokens += observation.x.shape[0]
+
+    def _absorb(self, other: Mean) -> None:
+        self.total += other.total
+
+    @property
+    def value(self) -> torch.Tensor:
+        """(in,) float32; zeros before the first token."""
+        return (self.total / max(self.tokens, 1)).float()
+
+
+class AbsMax(Statistic):
+    """Largest |x| of each input feature (SmoothQuant's range)."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(in_features, device)
+        self.value = torch.zeros(in_features, dtype=torch.float32, device=self.device)
+
+    def update(self, observation: Observation) -> None:
+        if observation.x.shape[0]:
+            self.value = torch.maximum(self.value, observation.x.float().abs().amax(0))
+            self.tokens += observation.x.shape[0]
+
+    def _absorb(self, other: AbsMax) -> None:
+        self.value = torch.maximum(self.value, other.value)

@@ -1,0 +1,117 @@
+"""One evaluation, as numbers to print, to save and to compare."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from trifold.compress.text import Windows
+from trifold.core.errors import InputError
+from trifold.eval.divergence import evaluate_windows
+from trifold.eval.forward import device_of
+from trifold.eval.perplexity import PerplexityResult
+from trifold.eval.speed import decode_speed, peak_memory_bytes
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """What an evaluation measured, and on which tokens.
+
+    `loss`, `window_losses` and `kl`: nats per token. `tokens`: scored predictions. `windows`: how many.
+    `peak_memory_bytes`: of the whole process, so with the baseline if there is one. `kl` and
+    `top1_agreement` are None without a baseline, `decode_tokens_per_s` if speed was not measured.
+    """
+
+    perplexity: float
+    loss: float
+    tokens: int
+    kl: float | None
+    top1_agreement: float | None
+    decode_tokens_per_s: float | None
+    peak_memory_bytes: int
+    windows: int
+    seqlen: int
+    stride: int
+    bos: str
+    source: str
+    digest: str
+    window_losses: tuple[float, ...]
+    baseline: PerplexityResult | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: None for what is not finite; `baseline` (perplexity and loss) only if there was one."""
+        entries: dict[str, Any] = {
+            "perplexity": _finite(self.perplexity),
+            "tokens": self.tokens,
+            "kl": _finite(self.kl),
+            "top1_agreement": self.top1_agreement,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "loss": _finite(self.loss),
+            "windows": self.windows,
+            "seqlen": self.seqlen,
+            "stride": self.stride,
+            "bos": self.bos,
+            "source": self.source,
+            "digest": self.digest,
+            "window_losses": [_finite(loss) for loss in self.window_losses],
+        }
+        if self.baseline is not None:
+            dense = self.baseline
+            entries["baseline"] = {"perplexity": _finite(dense.perplexity), "loss": _finite(dense.loss)}
+        return entries
+
+
+def evaluate(
+    model: nn.Module,
+    windows: Windows,
+    baseline: nn.Module | None = None,
+    speed: bool = True,
+    batch_size: int = 1,
+) -> EvalReport:
+    """Perplexity of `model`, its divergence from `baseline` in the same pass, decoding speed and memory.
+
+    Raises InputError if the vocabularies differ or, with `speed`, if the model has no KV cache.
+    """
+    scores = evaluate_windows(model, windows, baseline, batch_size)
+    divergence = scores.divergence
+    return EvalReport(
+        perplexity=scores.model.perplexity,
+        loss=scores.model.loss,
+        tokens=scores.model.tokens,
+        kl=None if divergence is None else divergence.kl,
+        top1_agreement=None if divergence is None else divergence.top1_agreement,
+        decode_tokens_per_s=decode_speed(model) if speed else None,
+        peak_memory_bytes=peak_memory_bytes(device_of(model)),
+        windows=len(windows.ids),
+        seqlen=windows.seqlen,
+        stride=windows.stride,
+        bos=windows.bos,
+        source=windows.source,
+        digest=windows.digest,
+        window_losses=scores.model.window_losses,
+        baseline=scores.baseline,
+    )
+
+
+def paired_difference(a_losses: Sequence[float], b_losses: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of `a - b` over the same windows (nats per token), the window being the unit.
+
+    The standard error of a single window is NaN. Raises InputError unless both have as many, at least one.
+    """
+    if len(a_losses) != len(b_losses) or not a_losses:
+        counts = f"{len(a_losses)} and {len(b_losses)} window losses"
+        raise InputError(f"{counts}: give two evaluations of the same windows")
+    differences = [a - b for a, b in zip(a_losses, b_losses, strict=True)]
+    if len(differences) == 1:
+        return differences[0], math.nan
+    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

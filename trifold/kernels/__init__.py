@@ -1,0 +1,9 @@
+"""Kernels: running packed weights without inflating them back."""
+
+from trifold.kernels.dispatch import TABLE, Choice, explain, resolve
+from trifold.kernels.op import Op
+from trifold.kernels.packed_embedding import PackedEmbedding
+from trifold.kernels.packed_linear import PackedLinear
+from trifold.kernels.storage import PackedModule
+
+__all__ = ["TABLE", "Choice", "Op", "PackedEmbedding", "PackedLinear", "PackedModule", "explain", "resolve"]

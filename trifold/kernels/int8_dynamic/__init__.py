@@ -1,0 +1,1 @@
+"""Products with activations quantised per token, at run time."""

@@ -1,0 +1,95 @@
+"""A linear layer that runs on its packed weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from trifold.core.scheme import InputScheme
+from trifold.formats.base import Spec
+from trifold.kernels.dispatch import resolve
+from trifold.kernels.op import Op
+from trifold.kernels.rows import row_blocks
+from trifold.kernels.storage import PackedModule
+
+
+class PackedLinear(PackedModule):
+    """x Wᵀ + b with a packed W.
+
+    spec: the JSON of a format, with `shape` (out, in); an `input` such as {"bits": 8} means that activations
+    are quantised per token. bias_dtype: of the bias, a parameter without gradient. The tensors are empty, on
+    the default device, until they are loaded. No dense copy of the weight is ever kept.
+    """
+
+    def __init__(self, spec: Spec, bias: bool, bias_dtype: torch.dtype) -> None:
+        super().__init__(spec)
+        InputScheme(**spec.get("input", {}))  # raises for an impossible one
+        self.out_features, self.in_features = (int(size) for size in spec["shape"])
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(self.out_features, dtype=bias_dtype), requires_grad=False)
+        self._ops: dict[tuple[torch.dtype, torch.device], Op] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in), any float dtype -> (..., out), of the same dtype also under autocast.
+
+        Raises ValueError if x has another number of features, TypeError if it is not floating point.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x has {x.shape[-1]} features, the layer takes {self.in_features}")
+        if x.is_meta:
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self(x)
+        flat, bias = x.reshape(-1, self.in_features), self.bias
+        learns = x.requires_grad or (bias is not None and bias.requires_grad)
+        y = _Product.apply(flat, bias, self) if learns else self._product(flat, bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _op(self, x: torch.Tensor) -> Op:
+        key = (x.dtype, x.device)
+        if key not in self._ops:
+            self._ops[key] = resolve(self.spec, x.dtype, x.device)
+        return self._ops[key]
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if not len(x):
+            return x.new_empty(0, self.out_features)
+        op = self._op(x)
+        return op.run(x, self._tensors_for(op), self.spec, None if bias is None else bias.to(x.dtype))
+
+    def _input_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """grad (M, out) -> grad W, (M, in), summed over blocks of rows in at least float32."""
+        op = self._op(grad)
+        tensors = self._tensors_for(op)
+        total = grad.new_zeros(
+            len(grad), self.in_features, dtype=torch.promote_types(grad.dtype, torch.float32)
+        )
+        for start, stop in row_blocks(self.out_features, self.in_features, grad.device):
+            total += grad[:, start:stop] @ op.rows(tensors, self.spec, start, stop, grad.dtype)
+        return total.to(grad.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_ops": {}}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+
+class _Product(torch.autograd.Function):
+    """Keeps the module, not a dense weight, for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, module: PackedLinear) -> torch.Tensor:
+        ctx.module = module
+        return module._product(x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        x = ctx.module._input_gradient(grad) if ctx.needs_input_grad[0] else None
+        return x, grad.sum(0) if ctx.needs_input_grad[1] else None, None

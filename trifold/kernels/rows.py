@@ -1,0 +1,92 @@
+"""Some rows of a packed weight, without unpacking the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from trifold.core.canonical import Canonical, Quantized
+from trifold.formats.base import FORMATS, Spec
+from trifold.formats.bitstream import unpack_bits
+from trifold.formats.int import scheme_of
+
+ALIGNMENT = 64
+_TILE = {"cpu": 2**19}  # elements of a dense tile: it stays in the second-level cache
+_LARGE_TILE = 2**24
+
+Rows = slice | torch.Tensor
+"""Rows of a weight: a slice with start and stop, or int64 indices (n,)."""
+
+
+def row_blocks(out_features: int, in_features: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive blocks, each start a multiple of ALIGNMENT, sized for the device."""
+    wanted = _TILE.get(device.type, _LARGE_TILE) // max(in_features, 1)
+    step = max(ALIGNMENT, wanted - wanted % ALIGNMENT)
+    for start in range(0, out_features, step):
+        yield start, min(start + step, out_features)
+
+
+def zero_points(tensors: Mapping[str, torch.Tensor], spec: Spec, rows: Rows) -> torch.Tensor | None:
+    """The zero-points of some rows, uint8 (n, groups), or (1, 1) for a whole tensor; None if symmetric."""
+    scheme = scheme_of(spec)
+    if scheme.symmetric:
+        return None
+    words = tensors["weight_zero_point"]
+    if scheme.group_size == "tensor":
+        rows = slice(0, 1)
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=words.device)
+    bit = rows * scheme.bits
+    word, shift = bit // 32, (bit % 32).unsqueeze(1)
+    low = words[word].long() & 0xFFFFFFFF
+    high = words[(word + 1).clamp(max=len(words) - 1)].long() & 0xFFFFFFFF
+    return ((low >> shift | high << (32 - shift)) & scheme.max_code).to(torch.uint8)
+
+
+def with_codes(codes: torch.Tensor, tensors: Mapping[str, torch.Tensor], spec: Spec, rows: Rows) -> Quantized:
+    """Codes (n, in) of some rows, with the scales and zero-points that belong to them."""
+    scheme = scheme_of(spec)
+    scale = tensors["weight_scale"]
+    if scheme.group_size != "tensor":
+        scale = scale[rows]
+    return Quantized(codes, scale, zero_points(tensors, spec, rows), scheme)
+
+
+def _int_rows(tensors: Mapping[str, torch.Tensor], spec: Spec, rows: Rows) -> Quantized:
+    weight = tensors["weight"]
+    words = weight[rows] if isinstance(rows, slice) else weight.index_select(0, rows)
+    return with_codes(unpack_bits(words, spec["bits"], spec["shape"][1]), tensors, spec, rows)
+
+
+DECODERS: dict[str, Callable[[Mapping[str, torch.Tensor], Spec, Rows], Canonical]] = {"int": _int_rows}
+"""By format: the canonical tensor of some rows alone. A format without one is unpacked whole."""
+
+
+def dequantize(canonical: Canonical, dtype: torch.dtype) -> torch.Tensor:
+    """`canonical.dequantize()` rounded to `dtype`, bit for bit, with fewer temporaries where that can be.
+
+    In the dtype of the scales the difference of two codes is exact and the product is rounded once, as it is
+    when a float32 product is rounded.
+    """
+    if not isinstance(canonical, Quantized) or canonical.shape[1] % canonical.scheme.group_width(
+        canonical.shape[1]
+    ):
+        return canonical.dequantize().to(dtype)
+    rows, columns = canonical.shape
+    scheme, scale, zero = canonical.scheme, canonical.scale, canonical.zero_point
+    compute = dtype if dtype == scale.dtype else torch.float32
+    weight = canonical.codes.reshape(rows, -1, scheme.group_width(columns)).to(compute)
+    weight.sub_(scheme.midpoint if zero is None else zero.to(compute).unsqueeze(2))
+    weight.mul_(scale.to(compute).unsqueeze(2))
+    return weight.reshape(rows, columns).to(dtype)
+
+
+def dequantize_rows(
+    tensors: Mapping[str, torch.Tensor], spec: Spec, start: int, stop: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rows start..stop-1 of the dequantised weight, (stop - start, in), rounded once to `dtype`."""
+    decode = DECODERS.get(spec["format"])
+    if decode is not None:
+        return dequantize(decode(tensors, spec, slice(start, stop)), dtype)
+    return FORMATS.get(spec["format"]).unpack(tensors, spec).dequantize()[start:stop].to(dtype)

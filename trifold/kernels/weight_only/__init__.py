@@ -1,0 +1,1 @@
+"""Weight-only products: x in its own dtype, the weight packed."""

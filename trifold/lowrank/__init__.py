@@ -1,0 +1,1 @@
+"""Lower rank: one file per method."""

@@ -1,0 +1,49 @@
+"""Round to nearest: the baseline that every other quantiser has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trifold.core.canonical import Quantized
+from trifold.core.method import METHODS, Bounds, LayerMethod, LayerProblem, LayerSolution
+from trifold.core.ranges import Ranges, expand_groups, fit_ranges, to_codes
+from trifold.core.scheme import SCALE_DTYPES, Scheme
+
+
+def quantized(codes: torch.Tensor, bounds: Bounds, scheme: Scheme) -> Quantized:
+    """codes (out, in), floats or integers in 0..max_code, with their ranges -> Quantized as it is stored."""
+    scale, zero = bounds
+    stored_zero = None if zero is None else zero.to(torch.uint8)
+    return Quantized(codes.to(torch.uint8), scale.to(SCALE_DTYPES[scheme.scale_dtype]), stored_zero, scheme)
+
+
+def round_to_nearest(weight: torch.Tensor, bounds: Bounds, scheme: Scheme) -> Quantized:
+    """weight (out, in) float32 -> the nearest codes within the given ranges."""
+    rows, columns = weight.shape
+    width = scheme.group_width(columns)
+    scale, zero = (None if b is None else expand_groups(b, rows, columns, width) for b in bounds)
+    assert scale is not None
+    return quantized(
+        to_codes(weight, scale, scheme.midpoint if zero is None else zero, scheme), bounds, scheme
+    )
+
+
+@METHODS.register("rtn")
+@dataclass(frozen=True)
+class RTN(LayerMethod):
+    """Each weight to its nearest code; no calibration.
+
+    ranges: "minmax" covers each group's extremes; "mse" searches the range with the least error.
+    """
+
+    ranges: Ranges = "mse"
+
+    def solve(self, problem: LayerProblem) -> LayerSolution:
+        canonical = {}
+        for name, weight in problem.weights.items():
+            scheme = problem.schemes[name]
+            bounds = problem.bounds.get(name) or fit_ranges(weight, scheme, self.ranges)
+            canonical[name] = round_to_nearest(weight, bounds, scheme)
+        return LayerSolution(canonical)
