@@ -51,9 +51,7 @@ def compress(
     wanted = {"nsamples": nsamples, "seqlen": seqlen, "seed": seed}
     chosen = chosen.updated([f"{k}={v}" for k, v in wanted.items() if v is not None])
     folder = None if output is None else Path(output).expanduser()
-    result, report = run(
-        model, chosen, calibration, folder, Options(**options), Reporter(verbosity), tokenizer
-    )
+    result, report = run(model, chosen, calibration, folder, Options(**options), Reporter(verbosity), tokenizer)
     return report if result is None else result
 
 
@@ -80,9 +78,7 @@ def evaluate(
 
     if tokenizer is None and isinstance(model, str | os.PathLike):
         tokenizer = load_tokenizer(model)
-    model, baseline = (
-        load(m, dtype=dtype) if isinstance(m, str | os.PathLike) else m for m in (model, baseline)
-    )
+    model, baseline = (load(m, dtype=dtype) if isinstance(m, str | os.PathLike) else m for m in (model, baseline))
     windows = text_windows(text, tokenizer, model.config, max_windows, seqlen, stride, option="--text")
     return score(model, windows, baseline, speed=speed, batch_size=batch_size)
 

@@ -45,9 +45,7 @@ def tiny_llama(seed):
 @pytest.fixture(scope="module")
 def windows():
     generator = torch.Generator().manual_seed(5)
-    return windows_from_samples(
-        torch.randint(23, (3, 8), generator=generator).split(1), None, 8, None, source="here"
-    )
+    return windows_from_samples(torch.randint(23, (3, 8), generator=generator).split(1), None, 8, None, source="here")
 
 
 def test_report_without_baseline(windows):

@@ -43,9 +43,7 @@ def test_choices_and_reasons():
     assert (choice.op, choice.rejected) == ("weight_only.torch_int4", {})
     choice = explain(INT4, torch.float32, "cpu")
     assert choice.op == "weight_only.blockwise"
-    assert choice.rejected == {
-        "weight_only.torch_int4": "takes torch.bfloat16 activations, not torch.float32"
-    }
+    assert choice.rejected == {"weight_only.torch_int4": "takes torch.bfloat16 activations, not torch.float32"}
     choice = explain(INT4, torch.bfloat16, "cuda")
     assert choice.op == "weight_only.blockwise"
     assert choice.rejected == {"weight_only.torch_int4": "runs on cpu, not cuda"}
@@ -79,9 +77,7 @@ def test_names_are_unique_and_every_folder_ends_with_its_reference():
 
 def test_a_module_resolves_once_per_dtype(monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "trifold.kernels.packed_linear.resolve", lambda *args: calls.append(args[1]) or resolve(*args)
-    )
+    monkeypatch.setattr("trifold.kernels.packed_linear.resolve", lambda *args: calls.append(args[1]) or resolve(*args))
     module = layer(quantized(7, 43, 4, 16, False))
     for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16):
         module(torch.zeros(2, 43, dtype=dtype))

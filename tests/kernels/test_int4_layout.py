@@ -8,9 +8,7 @@ from trifold.kernels.weight_only.torch_int4 import TorchInt4
 
 
 def codes(rows, columns):
-    return torch.randint(
-        0, 16, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows)
-    )
+    return torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows))
 
 
 def test_packs_by_chunks_on_this_machine():

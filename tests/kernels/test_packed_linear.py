@@ -75,9 +75,7 @@ def test_reading_or_setting_a_tensor_gives_up_the_runtime_layout(case):
     words, scale = module.weight.clone(), module.weight_scale.clone()
     module(x)
     module.weight_scale.mul_(2)
-    assert torch.allclose(
-        module(x) - module.bias.to(dtype), 2 * (y - module.bias.to(dtype)), rtol=0.1, atol=0.1
-    )
+    assert torch.allclose(module(x) - module.bias.to(dtype), 2 * (y - module.bias.to(dtype)), rtol=0.1, atol=0.1)
     assert not torch.equal(module(x), y)
     module.weight_scale = scale
     assert torch.equal(module(x), y)
@@ -195,9 +193,12 @@ def test_a_bias_may_be_trained():
 def test_autocast_does_not_reach_float32_activations():
     module, x = layer(quantized(96, 160, 4, 32, False), bias=True), activations(3, 160)
     y = module(x)
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         again = module(x)
     assert again.dtype == torch.float32 and torch.equal(again, y)
+    assert calls == [1]
 
 
 def test_wrong_inputs_are_named():

@@ -68,9 +68,7 @@ def effective(weight, module):
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(
-    "group, in_features", [(32, 96), (64, 128), (128, 160), ("channel", 256), ("tensor", 64)]
-)
+@pytest.mark.parametrize("group, in_features", [(32, 96), (64, 128), (128, 160), ("channel", 256), ("tensor", 64)])
 def test_int4_against_float64(bits, symmetric, group, in_features):
     op = TorchInt4()
     for out_features in (16, 96, 144):

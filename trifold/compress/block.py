@@ -102,8 +102,7 @@ class BlockCompressor:
         unique = list(dict.fromkeys(kinds))
         leaders = [stage[0] for stage in self.runner.stages if set(stage) & set(names)]
         statistics = {
-            leader: Statistics(unique, self.weights[leader].shape[1], self.weights[leader].device)
-            for leader in leaders
+            leader: Statistics(unique, self.weights[leader].shape[1], self.weights[leader].device) for leader in leaders
         }
         if statistics:
             self.runner.observe(statistics)
@@ -185,9 +184,7 @@ class BlockCompressor:
             try:
                 solution = method.solve(problem)
             except ValueError as error:
-                raise CheckpointError(
-                    f"{self.prefix}{names[0]}: {error}; check the model and the text"
-                ) from error
+                raise CheckpointError(f"{self.prefix}{names[0]}: {error}; check the model and the text") from error
             solutions.update(dict.fromkeys(names, solution))
         return solutions
 

@@ -39,6 +39,12 @@ def check_output(output: Path) -> None:
         raise InputError(f"{output}: {parent} cannot be written; choose another folder")
 
 
+def check_partial(partial: Path) -> None:
+    """Raise InputError if the folder for unfinished work is there and is not ours."""
+    if partial.exists() and any(partial.iterdir()) and not (partial / "journal" / "fingerprint.json").exists():
+        raise InputError(f"{partial}: holds something else, but unfinished work has to go there; move it away")
+
+
 @contextmanager
 def disk_errors(folder: Path):
     """Turn a full or read-only disk into a ResourceError that says what to do."""
@@ -47,15 +53,11 @@ def disk_errors(folder: Path):
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM):
             reason = os.strerror(error.errno)
-            raise ResourceError(
-                f"{folder}: {reason}; make room, then run the same command to go on"
-            ) from error
+            raise ResourceError(f"{folder}: {reason}; make room, then run the same command to go on") from error
         raise
     except Exception as error:
         if type(error).__name__ == "SafetensorError" and "space" in str(error).lower():
-            raise ResourceError(
-                f"{folder}: {error}; make room, then run the same command to go on"
-            ) from error
+            raise ResourceError(f"{folder}: {error}; make room, then run the same command to go on") from error
         raise
 
 
@@ -98,9 +100,7 @@ def quantization_block(contents: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_config(folder: Path, config: Mapping[str, Any], contents: Mapping[str, Any]) -> None:
     """config.json: the source's own, with the block that says how to read the weights."""
-    write_synced(
-        folder / "config.json", _json({**config, "quantization_config": quantization_block(contents)})
-    )
+    write_synced(folder / "config.json", _json({**config, "quantization_config": quantization_block(contents)}))
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:

@@ -62,9 +62,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise CalibrationError(f"{path}:{number}: not UTF-8 text; convert it to UTF-8") from error
         except json.JSONDecodeError as error:
-            raise CalibrationError(
-                f"{path}:{number}: not a JSON object ({error.msg}); mend the line"
-            ) from error
+            raise CalibrationError(f"{path}:{number}: not a JSON object ({error.msg}); mend the line") from error
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise CalibrationError(f'{path}:{number}: no string field "text"; every line needs one')

@@ -26,6 +26,7 @@ from trifold.compress.proof import prove
 from trifold.compress.recipe import Recipe
 from trifold.compress.runner import BlockRunner
 from trifold.compress.source import FolderSource, LiveSource, Source, model_folder
+from trifold.compress.summary import summarise
 from trifold.compress.text import Windows, batches
 from trifold.core.errors import CalibrationError, InputError, ProofError
 from trifold.core.linears import linears
@@ -77,17 +78,13 @@ def prepare(
     if isinstance(model, str | Path):
         folder = model_folder(model)
         name = folder.name if Path(model).expanduser().is_dir() else str(model)
-        source: Source = FolderSource(
-            folder, name, options.dtype, options.trust_remote_code, _device(options.device)
-        )
+        source: Source = FolderSource(folder, name, options.dtype, options.trust_remote_code, _device(options.device))
     else:
         source = LiveSource(model, tokenizer, options.inplace)
     plan = make_plan(recipe, source.model, source.blocks)
     if calibration is None:
         if not recipe.data_free:
-            raise CalibrationError(
-                f"recipe {recipe.name!r} needs calibration text; give it with --calib FILE"
-            )
+            raise CalibrationError(f"recipe {recipe.name!r} needs calibration text; give it with --calib FILE")
         windows = random_windows(source.config, recipe.seed)
     else:
         windows = text_windows(calibration, source.tokenizer, source.config, recipe.nsamples, recipe.seqlen)
@@ -112,6 +109,7 @@ def compress_to(job: Job, output: Path) -> dict[str, Any]:
     command to go on).
     """
     partial = output.with_name(output.name + ".partial")
+    checkpoint.check_partial(partial)
     if job.options.fresh:
         checkpoint.discard(partial)
     max_shard = checkpoint.parse_size(job.options.max_shard_size)
@@ -160,7 +158,8 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path, max_shard: i
     )
     job.report.notice("proving the round trip")
     proof = prove(partial, everything, journal, job.ids[0], source)
-    report = _report(job, everything, proof, time.perf_counter() - started)
+    sizes = {name: value for name, value in summarise(partial).items() if name != "layers"}
+    report = _report(job, everything, sizes, proof, time.perf_counter() - started)
     checkpoint.write_report(partial, report)
     journal.remove()
     checkpoint.publish(partial, output)
@@ -184,7 +183,7 @@ def compress_live(job: Job) -> dict[str, Any]:
     for result in results:
         install(source.model, result, everything)
     _mark(job, checkpoint.quantization_block(_quantization(job, everything)))
-    return _report(job, everything, {}, time.perf_counter() - started)
+    return _report(job, everything, {}, {}, time.perf_counter() - started)
 
 
 def _mark(job: Job, quantization: dict[str, Any]) -> None:
@@ -282,7 +281,9 @@ def versions() -> dict[str, str]:
     return {"trifold": VERSION, **{name: importlib.metadata.version(name) for name in libraries}}
 
 
-def _report(job: Job, everything: Compressed, proof: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def _report(
+    job: Job, everything: Compressed, sizes: Mapping[str, Any], proof: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
     return {
         "recipe": job.recipe.to_dict(),
         "base_model": job.source.name,
@@ -302,6 +303,8 @@ def _report(job: Job, everything: Compressed, proof: Mapping[str, Any], seconds:
         "dtype": _dtype_name(job.source),
         "versions": versions(),
         "layers": everything.report,
+        "mean_error": sum(e["error"] for e in everything.report.values()) / len(everything.report),
+        **sizes,
         "proof": dict(proof),
         "seconds": round(seconds, 3),
         "peak_memory_bytes": resident_bytes(),
@@ -336,17 +339,24 @@ def run(
     if output is not None:
         checkpoint.check_output(output)
     job = prepare(model, recipe, calibration, options, report, tokenizer)
-    live = isinstance(job.source, LiveSource)
+    if isinstance(job.source, LiveSource):
+        training = model.training
+        model.eval()
+        try:
+            return model, _run_live(job, output)
+        finally:
+            model.train(training)
+    if output is not None:
+        return None, compress_to(job, output)
+    with tempfile.TemporaryDirectory() as folder:
+        written = compress_to(job, Path(folder) / "model")
+        return load(Path(folder) / "model", job.source.dtype, {"": job.source.device}), written
+
+
+def _run_live(job: Job, output: Path | None) -> dict[str, Any]:
     if output is None:
-        if live:
-            return job.source.model, compress_live(job)
-        with tempfile.TemporaryDirectory() as folder:
-            written = compress_to(job, Path(folder) / "model")
-            return load(
-                Path(folder) / "model", dtype=job.source.dtype, device_map={"": job.source.device}
-            ), written
-    written = compress_to(job, output)
-    if live:
-        install(job.source.model, read_compressed(output), Compressed())
-        _mark(job, json.loads((output / "config.json").read_text())["quantization_config"])
-    return (job.source.model if live else None), written
+        return compress_live(job)
+    report = compress_to(job, output)
+    install(job.source.model, read_compressed(output), Compressed())
+    _mark(job, json.loads((output / "config.json").read_text())["quantization_config"])
+    return report

@@ -73,15 +73,11 @@ def _targets(step: Step, inside: list[str], others: list[str]) -> list[str]:
     for pattern in step.targets:
         found = inside if pattern == BLOCKS else [name for name in everything if matches(pattern, name)]
         if not found:
-            raise RecipeError(
-                f"step {step.name!r}: target {pattern!r} fits no linear layer, e.g. {everything[0]}"
-            )
+            raise RecipeError(f"step {step.name!r}: target {pattern!r} fits no linear layer, e.g. {everything[0]}")
         chosen.update(dict.fromkeys(found))
     for pattern in (*step.ignore, *(o.match for o in step.overrides)):
         if not any(matches(pattern, name) for name in everything):
-            raise RecipeError(
-                f"step {step.name!r}: pattern {pattern!r} fits no linear layer, e.g. {everything[0]}"
-            )
+            raise RecipeError(f"step {step.name!r}: pattern {pattern!r} fits no linear layer, e.g. {everything[0]}")
     return [name for name in chosen if not any(matches(pattern, name) for pattern in step.ignore)]
 
 
@@ -108,6 +104,4 @@ def _layer_plan(step: Step, name: str, module: nn.Module) -> LayerPlan | None:
 def _check_tied(model: Any, name: str) -> None:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if f"{name}.weight" in tied:
-        raise RecipeError(
-            f"{name}: shares its weight with {tied[f'{name}.weight']}, which stays dense; leave it out"
-        )
+        raise RecipeError(f"{name}: shares its weight with {tied[f'{name}.weight']}, which stays dense; leave it out")

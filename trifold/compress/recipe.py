@@ -102,9 +102,7 @@ class Step(_Strict):
         if issubclass(kind, LayerMethod) and kind.quantizes:
             full.setdefault("scheme", {})
         elif data.get("scheme") or data.get("input"):
-            raise RecipeError(
-                f"step {full['name']!r}: {data['method']} takes no scheme; give it to a later step"
-            )
+            raise RecipeError(f"step {full['name']!r}: {data['method']} takes no scheme; give it to a later step")
         return full
 
     def build(self, override: Mapping[str, Any] | None = None) -> Method:
@@ -144,9 +142,7 @@ class Recipe(_Strict):
             except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
                 raise RecipeError(f"{path}: cannot be read as YAML ({_first_line(error)})") from error
             if not isinstance(data, Mapping):
-                raise RecipeError(
-                    f"{path}: a recipe is a mapping with `steps`; see `trifold recipes w4a16-gptq`"
-                )
+                raise RecipeError(f"{path}: a recipe is a mapping with `steps`; see `trifold recipes w4a16-gptq`")
             return cls._validated({"name": path.stem, **data}, str(path))
         from trifold.compress.presets import preset
 
@@ -239,9 +235,7 @@ def _explain(error: ValidationError) -> str:
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in location[:-1]:
-        model = {"steps": Step, "scheme": SchemeModel, "input": InputModel, "overrides": Override}.get(
-            part, model
-        )
+        model = {"steps": Step, "scheme": SchemeModel, "input": InputModel, "overrides": Override}.get(part, model)
     return list(model.model_fields)
 
 

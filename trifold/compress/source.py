@@ -12,6 +12,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,7 @@ def model_folder(model: str | os.PathLike[str], revision: str | None = None) -> 
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"])
-        )
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{name}: no such folder, and the hub does not give it ({reason})") from error
@@ -157,9 +156,7 @@ class FolderSource(Source):
         self.dtype = DTYPES[dtype] if dtype != "auto" else self._stored_dtype(config)
         config.dtype = self.dtype
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, trust_remote_code=trust_remote_code
-            )
+            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
         self.model.eval()
         self.blocks = find_blocks(self.model)
         with contextlib.suppress(OSError, ValueError, ImportError):
@@ -167,9 +164,7 @@ class FolderSource(Source):
         self._targets = self._key_targets()
         missing = self._missing()
         if missing:
-            raise CheckpointError(
-                f"{folder}: {len(missing)} tensors are missing, e.g. {missing[0]}; copy it again"
-            )
+            raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, e.g. {missing[0]}; copy it again")
 
     def _stored_dtype(self, config: Any) -> torch.dtype:
         if config.dtype is not None:
@@ -220,7 +215,7 @@ class FolderSource(Source):
         for key, target in self._targets.items():
             if keep(target):
                 by_file[self.files[key]].append(key)
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, _no_progress_bars():
             slices = {}
             for file, keys in by_file.items():
                 handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
@@ -329,6 +324,20 @@ class LiveSource(Source):
         config["architectures"] = [type(self.model).__name__]
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         return json.loads(json.dumps(config, default=str))
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Quiet transformers' bar of every block; ours shows the whole."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def materialise_buffers(model: Any, device: torch.device | str = "cpu") -> None:

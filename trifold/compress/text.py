@@ -90,15 +90,11 @@ def windows_from_documents(
             break
     stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
     if len(stream) < 2:
-        raise CalibrationError(
-            f"{source}: {len(stream)} token(s), but a window needs at least 2; give more text"
-        )
+        raise CalibrationError(f"{source}: {len(stream)} token(s), but a window needs at least 2; give more text")
 
     notices = []
     if len(stream) < seqlen:
-        notices.append(
-            f"{source}: {len(stream)} tokens do not fill one window of {seqlen}; using them as they are"
-        )
+        notices.append(f"{source}: {len(stream)} tokens do not fill one window of {seqlen}; using them as they are")
         windows = [stream]
     else:
         starts = range(0, len(stream) - seqlen + 1, stride)[:limit]
@@ -147,9 +143,7 @@ def windows_from_samples(
             break
     notices = [f"{source}: {dropped} sample(s) with fewer than 2 tokens dropped"] if dropped else []
     if not windows:
-        raise CalibrationError(
-            f"{source}: no sample has 2 tokens or more ({dropped} dropped); give longer ones"
-        )
+        raise CalibrationError(f"{source}: no sample has 2 tokens or more ({dropped} dropped); give longer ones")
     bos = "as in the samples; nothing added"
     return _finish(windows, seqlen, seqlen, limit, bos, source, notices, vocab_size)
 
@@ -192,9 +186,7 @@ def _only_strings(samples: Iterable[Any], source: str) -> Iterator[str]:
     for index, sample in enumerate(samples):
         if not isinstance(sample, str):
             kind = type(sample).__name__
-            raise CalibrationError(
-                f"{source}[{index}]: {kind} among strings; give text or token ids, not both"
-            )
+            raise CalibrationError(f"{source}[{index}]: {kind} among strings; give text or token ids, not both")
         yield sample
 
 
@@ -225,9 +217,7 @@ def _sequences(values: Any, where: str) -> list[Tensor]:
         try:
             tensor = torch.as_tensor(part, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
-            raise CalibrationError(
-                f"{where}: {type(part).__name__} is not a sequence of token ids"
-            ) from error
+            raise CalibrationError(f"{where}: {type(part).__name__} is not a sequence of token ids") from error
         if tensor.numel() == 0 and tensor.dim() == 1:
             tensor = tensor.to(torch.int64)  # an empty list has no dtype of its own
         whole = not tensor.is_floating_point() and not tensor.is_complex()
@@ -262,9 +252,7 @@ def _finish(
         low, high = int(window.min()), int(window.max())
         if low < 0 or (vocab_size is not None and high >= vocab_size):
             bad, end = (low, "negative") if low < 0 else (high, f"outside the vocabulary of {vocab_size}")
-            raise CalibrationError(
-                f"{source}: window {index} holds id {bad}, {end}; use the model's tokenizer"
-            )
+            raise CalibrationError(f"{source}: window {index} holds id {bad}, {end}; use the model's tokenizer")
         digest.update(len(window).to_bytes(8, "little"))
         digest.update(window.numpy().astype("<i8").tobytes())
     if limit is not None and len(ids) < limit:

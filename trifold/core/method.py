@@ -30,9 +30,7 @@ Bounds = tuple[torch.Tensor, torch.Tensor | None]
 class Statistics:
     """The accumulators of one layer input, by type."""
 
-    def __init__(
-        self, kinds: Sequence[type[Statistic]], in_features: int, device: torch.device | str = "cpu"
-    ):
+    def __init__(self, kinds: Sequence[type[Statistic]], in_features: int, device: torch.device | str = "cpu"):
         self._by_kind = {kind: kind(in_features, device) for kind in kinds}
 
     def __iter__(self):

@@ -65,7 +65,8 @@ def remembered(
 ) -> Iterator[None]:
     """Replace each module's forward: return `outputs[name]` where known, else run and, if `keep(name)`, store.
 
-    What is stored is handed out as a copy, since a block may add to it in place. For modules whose weights and inputs are final, so that running them again gives the same.
+    For modules whose weights and inputs are final, so that running them again gives the same. What is stored
+    is handed out as a copy, since a block may add to it in place.
     """
 
     def replacement(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:

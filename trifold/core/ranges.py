@@ -45,9 +45,7 @@ def round_scale(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return scale.clamp(info.tiny, info.max).to(dtype).float()
 
 
-def from_bounds(
-    low: torch.Tensor, high: torch.Tensor, scheme: Scheme
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def from_bounds(low: torch.Tensor, high: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale (as stored, float32) and zero-point (float32 integers, None if symmetric) covering [low, high]."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     if scheme.symmetric:
@@ -102,9 +100,7 @@ def _slabs(weight: torch.Tensor, width: int) -> Iterator[torch.Tensor]:
     return iter(weight.split(max(1, _ROWS_AT_ONCE // max(weight.shape[1], width)), dim=0))
 
 
-def _importance_view(
-    columns: int, width: int, importance: torch.Tensor | None, like: torch.Tensor
-) -> torch.Tensor:
+def _importance_view(columns: int, width: int, importance: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """(1, groups, width); the filling of a short last group counts nothing."""
     cost = torch.ones(columns, device=like.device) if importance is None else importance.to(like)
     padded = torch.nn.functional.pad(cost.reshape(1, -1), (0, -columns % width))

@@ -38,9 +38,7 @@ class Scheme:
         if not 1 <= self.bits <= 8:
             raise RecipeError(f"bits={self.bits} is outside 1..8; 4 is usual, 16 means: leave the layer out")
         if isinstance(self.group_size, int) and self.group_size < 1:
-            raise RecipeError(
-                f"group_size={self.group_size} is below 1; use 32, 64, 128, 'channel' or 'tensor'"
-            )
+            raise RecipeError(f"group_size={self.group_size} is below 1; use 32, 64, 128, 'channel' or 'tensor'")
         if isinstance(self.group_size, str) and self.group_size not in ("channel", "tensor"):
             raise RecipeError(f"group_size={self.group_size!r} is neither a number, 'channel' nor 'tensor'")
         if self.scale_dtype not in SCALE_DTYPES:

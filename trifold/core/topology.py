@@ -38,9 +38,7 @@ class Topology:
 
 
 _LLAMA_FOLDS = (
-    Fold(
-        "norm", "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"
-    ),
+    Fold("norm", "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
     Fold("value", "self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj"),
     Fold("norm", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
     Fold("linear", "mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
@@ -70,7 +68,5 @@ def find_blocks(model: nn.Module) -> str:
         if isinstance(module, nn.ModuleList) and not any(name.startswith(known + ".") for known in outer):
             outer[name] = sum(p.numel() for p in module.parameters())
     if not outer or not max(outer.values()):
-        raise CheckpointError(
-            f"{type(model).__name__} has no list of decoder blocks, so it cannot be streamed"
-        )
+        raise CheckpointError(f"{type(model).__name__} has no list of decoder blocks, so it cannot be streamed")
     return max(outer, key=lambda name: outer[name])

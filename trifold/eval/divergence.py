@@ -72,9 +72,7 @@ def summed_divergence(model: Scored, baseline: Scored) -> tuple[float, int]:
     """KL(baseline || model) in nats and equal best tokens, over all scored predictions of one window."""
     ours, theirs = model.logits.shape[-1], baseline.logits.shape[-1]
     if ours != theirs:
-        raise InputError(
-            f"vocabularies differ: model {ours}, baseline {theirs}; give the model's own baseline"
-        )
+        raise InputError(f"vocabularies differ: model {ours}, baseline {theirs}; give the model's own baseline")
     kl, agreed = 0.0, 0
     for (q, _), (p, _) in zip(model.chunks(), baseline.chunks(), strict=True):
         p = p.to(q.device)

@@ -47,9 +47,7 @@ class IntFormat(Format):
         rows, columns = spec["shape"]
         words = words_for(columns, scheme.bits)
         if words == columns:
-            raise InputError(
-                f"a weight of shape {(rows, columns)} has too few inputs to pack; leave it dense"
-            )
+            raise InputError(f"a weight of shape {(rows, columns)} has too few inputs to pack; leave it dense")
         scale_rows, groups = scheme.scale_shape(rows, columns)
         layout: Layout = {
             "weight": ((rows, words), torch.int32),

@@ -61,7 +61,7 @@ def _choose(spec: Spec, dtype: torch.dtype, device: torch.device) -> tuple[Op, d
         raise TypeError(f"activations must be floating point, not {dtype}")
     rejected: dict[str, str] = {}
     for row in TABLE:
-        if row.quantized_input != ("input" in spec):
+        if row.quantized_input != bool(spec.get("input")):
             continue
         reason = _reason(row, spec, dtype, device)
         if reason is None:

@@ -26,11 +26,10 @@ class PackedLinear(PackedModule):
 
     def __init__(self, spec: Spec, bias: bool, bias_dtype: torch.dtype) -> None:
         super().__init__(spec)
-        InputScheme(**spec.get("input", {}))  # raises for an impossible one
+        InputScheme(**(spec.get("input") or {}))  # raises for an impossible one
         self.out_features, self.in_features = (int(size) for size in spec["shape"])
-        self.bias: nn.Parameter | None = None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(self.out_features, dtype=bias_dtype), requires_grad=False)
+        values = torch.empty(self.out_features, dtype=bias_dtype) if bias else None
+        self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
         self._ops: dict[tuple[torch.dtype, torch.device], Op] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -44,7 +43,7 @@ class PackedLinear(PackedModule):
             return x.new_empty(*x.shape[:-1], self.out_features)
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return self(x)
+                return PackedLinear.forward(self, x)
         flat, bias = x.reshape(-1, self.in_features), self.bias
         learns = x.requires_grad or (bias is not None and bias.requires_grad)
         y = _Product.apply(flat, bias, self) if learns else self._product(flat, bias)
@@ -66,9 +65,7 @@ class PackedLinear(PackedModule):
         """grad (M, out) -> grad W, (M, in), summed over blocks of rows in at least float32."""
         op = self._op(grad)
         tensors = self._tensors_for(op)
-        total = grad.new_zeros(
-            len(grad), self.in_features, dtype=torch.promote_types(grad.dtype, torch.float32)
-        )
+        total = grad.new_zeros(len(grad), self.in_features, dtype=torch.promote_types(grad.dtype, torch.float32))
         for start, stop in row_blocks(self.out_features, self.in_features, grad.device):
             total += grad[:, start:stop] @ op.rows(tensors, self.spec, start, stop, grad.dtype)
         return total.to(grad.dtype)

@@ -69,9 +69,7 @@ def dequantize(canonical: Canonical, dtype: torch.dtype) -> torch.Tensor:
     In the dtype of the scales the difference of two codes is exact and the product is rounded once, as it is
     when a float32 product is rounded.
     """
-    if not isinstance(canonical, Quantized) or canonical.shape[1] % canonical.scheme.group_width(
-        canonical.shape[1]
-    ):
+    if not isinstance(canonical, Quantized) or canonical.shape[1] % canonical.scheme.group_width(canonical.shape[1]):
         return canonical.dequantize().to(dtype)
     rows, columns = canonical.shape
     scheme, scale, zero = canonical.scheme, canonical.scale, canonical.zero_point

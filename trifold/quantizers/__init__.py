@@ -1,6 +1,7 @@
 """Fewer bits: one file per method."""
 
+from trifold.quantizers.awq import AWQ
 from trifold.quantizers.gptq import GPTQ
 from trifold.quantizers.rtn import RTN
 
-__all__ = ["GPTQ", "RTN"]
+__all__ = ["AWQ", "GPTQ", "RTN"]

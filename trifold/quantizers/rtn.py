@@ -25,9 +25,7 @@ def round_to_nearest(weight: torch.Tensor, bounds: Bounds, scheme: Scheme) -> Qu
     width = scheme.group_width(columns)
     scale, zero = (None if b is None else expand_groups(b, rows, columns, width) for b in bounds)
     assert scale is not None
-    return quantized(
-        to_codes(weight, scale, scheme.midpoint if zero is None else zero, scheme), bounds, scheme
-    )
+    return quantized(to_codes(weight, scale, scheme.midpoint if zero is None else zero, scheme), bounds, scheme)
 
 
 @METHODS.register("rtn")

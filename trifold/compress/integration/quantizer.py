@@ -20,9 +20,7 @@ from trifold.kernels import PackedLinear
 class TrifoldConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json, kept as it is. Raises CheckpointError for a newer major format."""
 
-    def __init__(
-        self, modules: dict[str, Any] | None = None, format_version: str = FORMAT_VERSION, **rest: Any
-    ):
+    def __init__(self, modules: dict[str, Any] | None = None, format_version: str = FORMAT_VERSION, **rest: Any):
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.modules = modules or {}

@@ -15,9 +15,7 @@ def input_scheme_of(spec: Spec) -> InputScheme:
     return InputScheme(**spec["input"])
 
 
-def dynamic(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scheme: InputScheme
-) -> torch.Tensor:
+def dynamic(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scheme: InputScheme) -> torch.Tensor:
     """x (M, in), rounded per token, times the dequantised weight (out, in) float32 plus bias -> (M, out)."""
     rounded = fake_quantize_per_token(x.float(), scheme)
     return linear(rounded, weight, None if bias is None else bias.float()).to(x.dtype)

@@ -58,7 +58,8 @@ class TorchInt8(Op):
 
     def prepare(self, tensors: Tensors, spec: Spec) -> Tensors:
         kept = {name: tensor for name, tensor in tensors.items() if name != "weight"}
-        runtime = {"codes": tensors["weight"].contiguous().view(torch.int8) ^ SIGN, **kept}
+        codes = tensors["weight"].clone(memory_format=torch.contiguous_format).view(torch.int8)
+        runtime = {"codes": codes.bitwise_xor_(SIGN), **kept}
         zero = zero_points(tensors, spec, slice(0, spec["shape"][0]))
         if zero is not None:
             runtime["offset"] = 128 - zero.squeeze(1).to(torch.int32)

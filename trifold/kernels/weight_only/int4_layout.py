@@ -61,12 +61,7 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=1)
 def packs_by_chunks() -> bool:
     """Whether packing by chunks gives what packing at once does, and the inverse is one, on this machine."""
-    codes = (
-        torch.arange(176 * 32, device="cpu")
-        .mul(2654435761)
-        .remainder(2**32)
-        .div(2**28, rounding_mode="floor")
-    )
+    codes = torch.arange(176 * 32, device="cpu").mul(2654435761).remainder(2**32).div(2**28, rounding_mode="floor")
     codes = codes.to(torch.uint8).reshape(176, 32)
     packed = pack(codes)
     return torch.equal(packed, _convert(codes)) and torch.equal(unpack(packed), codes)

@@ -1,0 +1,5 @@
+"""`python -m trifold`."""
+
+from trifold.cli import main
+
+main()

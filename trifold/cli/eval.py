@@ -1,0 +1,68 @@
+"""`trifold eval`."""
+
+from __future__ import annotations
+
+import click
+
+from trifold.cli.output import emit, facts, json_option, size, with_verbosity
+
+
+@click.command("eval")
+@click.argument("model")
+@click.option("--baseline", help="Dense model for KL divergence and top-1 agreement.")
+@click.option("--text", required=True, metavar="FILE|DATASET", help="Text to score.")
+@click.option("--seqlen", type=int, default=2048, show_default=True, help="Tokens of a window.")
+@click.option("--stride", type=int, help="Tokens between windows.  [default: seqlen]")
+@click.option("--max-windows", type=click.IntRange(min=1), help="Windows to score.  [default: all]")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+)
+@click.option("--no-speed", is_flag=True, help="Do not measure decoding speed.")
+@json_option
+@with_verbosity
+def evaluate(
+    model: str,
+    baseline: str | None,
+    text: str,
+    seqlen: int,
+    stride: int | None,
+    max_windows: int | None,
+    batch_size: int,
+    dtype: str,
+    no_speed: bool,
+    json_to: str | None,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Score MODEL: perplexity on a text, distance to a baseline, speed, memory."""
+    from trifold.api import evaluate as score
+
+    report = score(
+        model,
+        text,
+        baseline,
+        seqlen=seqlen,
+        stride=stride,
+        max_windows=max_windows,
+        dtype=dtype,
+        batch_size=batch_size,
+        speed=not no_speed,
+    ).to_dict()
+    rows = {
+        "perplexity": f"{report['perplexity']:.4f}",
+        "loss": f"{report['loss']:.4f} nats per token",
+        "tokens": f"{report['tokens']} in {report['windows']} windows of {report['seqlen']}",
+        "BOS": report["bos"],
+    }
+    if report.get("baseline"):
+        rows["baseline perplexity"] = f"{report['baseline']['perplexity']:.4f}"
+        rows["KL to the baseline"] = f"{report['kl']:.5f} nats per token"
+        rows["top-1 agreement"] = f"{100 * report['top1_agreement']:.2f} %"
+    if report["decode_tokens_per_s"] is not None:
+        rows["decoding"] = f"{report['decode_tokens_per_s']:.1f} tokens/s"
+    rows["peak memory"] = size(report["peak_memory_bytes"])
+    emit(report, json_to, None if quiet else facts(model, rows))

@@ -1,0 +1,54 @@
+"""The command group, and how errors become exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from trifold.cli.compress import compress
+from trifold.cli.eval import evaluate
+from trifold.cli.generate import generate
+from trifold.cli.inspect import inspect
+from trifold.cli.recipes import recipes
+from trifold.core.errors import TrifoldError
+from trifold.core.version import VERSION
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(VERSION, prog_name="trifold")
+def cli() -> None:
+    """Fold a language model three ways: fewer bits, fewer weights, lower rank."""
+
+
+for command in (compress, evaluate, inspect, generate, recipes):
+    cli.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 wrong input, 3 failed proof, 4 environment, 130 Ctrl-C."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.captureWarnings(True)
+    sys.exit(_run(cli.main, arguments))
+
+
+def _run(entry: Callable[..., Any], arguments: list[str] | None) -> int:
+    try:
+        entry(args=arguments, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        again = " ".join(["trifold", *(sys.argv[1:] if arguments is None else arguments)])
+        click.echo(f"\ninterrupted; to go on, repeat: {again}", err=True)
+        return INTERRUPTED
+    except TrifoldError as error:
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    return 0

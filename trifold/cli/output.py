@@ -1,0 +1,63 @@
+"""Options and output that the commands share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+json_option = click.option(
+    "--json", "json_to", metavar="FILE|-", help="Write the result as JSON to a file, or to stdout with '-'."
+)
+verbosity_options = [
+    click.option("-v", "--verbose", is_flag=True, help="One line per layer."),
+    click.option("-q", "--quiet", is_flag=True, help="Errors only."),
+]
+
+
+def with_verbosity(command: Any) -> Any:
+    """Decorator: -v and -q."""
+    for option in reversed(verbosity_options):
+        command = option(command)
+    return command
+
+
+def level(verbose: bool, quiet: bool) -> int:
+    """The reporter's level."""
+    return -1 if quiet else int(verbose)
+
+
+def emit(data: dict[str, Any], json_to: str | None, table: Table | None) -> None:
+    """Print the table, and write the JSON where it is wanted; '-' replaces the table."""
+    if json_to:
+        text = json.dumps(data, indent=2, sort_keys=True) + "\n"
+        if json_to == "-":
+            click.echo(text, nl=False)
+            return
+        try:
+            Path(json_to).write_text(text)
+        except OSError as error:
+            raise click.ClickException(f"{json_to}: {error.strerror}") from error
+    if table is not None:
+        Console(highlight=False).print(table)
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def facts(title: str, rows: dict[str, Any]) -> Table:
+    """A two-column table."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table

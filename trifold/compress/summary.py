@@ -1,0 +1,106 @@
+"""What a compressed checkpoint holds, from its config and headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from trifold.compress.checkpoint import QUANT_METHOD
+from trifold.compress.source import shard_files
+from trifold.core.errors import CheckpointError
+from trifold.formats import Spec, bits_per_weight, stored_bytes
+
+_ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def totals(modules: Mapping[str, Spec], other: Mapping[str, tuple[int, int]], dense_item: int) -> dict[str, Any]:
+    """Sizes of a checkpoint. other: name -> (elements, bytes) of tensors that belong to no compressed layer
+    (an added bias of one counts as the layer's). dense_item: bytes of a dense element.
+
+    bits_per_weight covers the compressed linears; model_bits_per_weight every tensor; dense_bytes is what the
+    dense model would take in the same dtype.
+    """
+    packed = sum(stored_bytes(spec) for spec in modules.values())
+    weights = sum(math.prod(spec["shape"]) for spec in modules.values())
+    rest, rest_bytes = sum(n for n, _ in other.values()), sum(b for _, b in other.values())
+    return {
+        "bits_per_weight": 8 * packed / weights,
+        "model_bits_per_weight": 8 * (packed + rest_bytes) / (weights + rest),
+        "total_bytes": packed + rest_bytes,
+        "dense_bytes": weights * dense_item + rest_bytes,
+    }
+
+
+def summarise(folder: Path) -> dict[str, Any]:
+    """Layers and totals of one of our checkpoints. Raises CheckpointError if it is none."""
+    config = _read_json(folder / "config.json")
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != QUANT_METHOD:
+        found = quantization.get("quant_method", "none, the model is dense")
+        raise CheckpointError(f"{folder}: not a Trifold checkpoint (quantisation: {found})")
+    modules = quantization["modules"]
+    report = folder / "report.json"
+    errors = _read_json(report)["layers"] if report.exists() else {}
+    layers = {
+        name: {
+            "format": spec["format"],
+            "describe": describe(spec),
+            "shape": spec["shape"],
+            "bits_per_weight": bits_per_weight(spec),
+            "bytes": stored_bytes(spec),
+            "error": errors.get(name, {}).get("error"),
+            "error_of": errors.get(name, {}).get("error_of"),
+        }
+        for name, spec in modules.items()
+    }
+    item = _DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
+    return {**totals(modules, _others(folder, modules), item), "layers": layers}
+
+
+def describe(spec: Spec) -> str:
+    """A spec in a few characters, such as `int4 g128 asym`."""
+    group = spec["group_size"]
+    parts = [
+        f"{spec['format']}{spec['bits']}",
+        f"g{group}" if isinstance(group, int) else str(group),
+        "sym" if spec["symmetric"] else "asym",
+    ]
+    return " ".join([*parts, f"a{spec['input']['bits']}"] if "input" in spec else parts)
+
+
+def _others(folder: Path, modules: Mapping[str, Spec]) -> dict[str, tuple[int, int]]:
+    found = {}
+    for file in sorted(set(shard_files(folder).values())):
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 - not a dict
+                name, _, leaf = key.rpartition(".")
+                if name in modules and leaf.startswith("weight"):
+                    continue
+                part = handle.get_slice(key)
+                count = math.prod(part.get_shape())
+                found[key] = (count, count * _ITEM_BYTES.get(part.get_dtype(), 1))
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
