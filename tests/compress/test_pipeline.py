@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import trifold
 from tests.helpers import make_model, make_tokenizer
+from trifold.compress import runner
 from trifold.core.linears import set_weight
 from trifold.formats import FORMATS
 from trifold.kernels import PackedLinear

@@ -75,3 +75,10 @@ def test_tokens_do_not_influence_each_other():
     x[3] *= 1000
     together = fake_quantize_per_token(x, InputScheme(8))
     assert torch.equal(together, torch.cat([fake_quantize_per_token(row[None], InputScheme(8)) for row in x]))
+
+
+def test_a_token_that_is_not_a_number_stays_so():
+    x = torch.tensor([[1.0, float("nan")], [1.0, float("inf")], [1.0, -1.0]])
+    rounded = fake_quantize_per_token(x, InputScheme(8))
+    assert not torch.isfinite(rounded[:2]).any()
+    assert rounded[2].tolist() == [1.0, -1.0]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from trifold.core.canonical import Quantized
 from trifold.core.scheme import SCALE_DTYPES, Scheme
 from trifold.formats import FORMATS
 from trifold.kernels import PackedLinear
+from trifold.kernels.int8_dynamic.torch_int8 import TorchInt8
+from trifold.kernels.weight_only.torch_int4 import TorchInt4
 
 WIDTHS = range(1, 9)
 GROUPS = (16, 100, "channel", "tensor")
@@ -38,6 +41,11 @@ def layer(weight: Quantized, bias: bool = False, input_bits: int | None = None) 
     return module
 
 
+def _runs(op, bits: int) -> bool:
+    spec = layer(quantized(16, 32, bits, "channel", True), input_bits=8).spec
+    return op.supports(spec, torch.bfloat16, torch.device("cpu")) is None
+
+
 def activations(tokens: int, in_features: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(tokens)).to(dtype)
 
@@ -54,3 +62,7 @@ def excess(
     inexact = 0.0 if y.dtype in (torch.float32, torch.float64) else eps / 2
     allowed = roundings * eps * exact.abs() + (x.shape[1] * 2**-24 + roundings * inexact) * size
     return float(((y.double() - exact).abs() / allowed.clamp(min=1e-30)).max())
+
+
+needs_int4 = pytest.mark.skipif(not _runs(TorchInt4(), 4), reason="no fast int4 product on this processor")
+needs_int8 = pytest.mark.skipif(not _runs(TorchInt8(), 8), reason="inexact int8 product on this processor")

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from packed_samples import layer, quantized
+from packed_samples import layer, needs_int4, needs_int8, quantized
 
 from trifold.core.canonical import Dense
 from trifold.core.registry import Registry
@@ -38,6 +38,8 @@ def plain(monkeypatch):
     monkeypatch.setattr(FORMATS, "_entries", {**FORMATS._entries, **formats._entries})
 
 
+@needs_int4
+@needs_int8
 def test_choices_and_reasons():
     choice = explain(INT4, torch.bfloat16, "cpu")
     assert (choice.op, choice.rejected) == ("weight_only.torch_int4", {})

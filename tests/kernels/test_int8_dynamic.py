@@ -1,6 +1,6 @@
 import pytest
 import torch
-from packed_samples import GROUPS, WIDTHS, activations, excess, layer, quantized
+from packed_samples import GROUPS, WIDTHS, activations, excess, layer, needs_int8, quantized
 
 from trifold.core.scheme import InputScheme, quantize_per_token
 from trifold.formats import digest
@@ -22,6 +22,7 @@ def rounded(x, bits=8):
     return codes.double() * scale.double()
 
 
+@needs_int8
 @pytest.mark.parametrize("tokens", [1, 3, 17])
 @pytest.mark.parametrize("in_features", [2, 43, 172, 256])
 @pytest.mark.parametrize("out_features", [1, 7, 96])
@@ -37,6 +38,7 @@ def test_integer_part_is_exact(tokens, in_features, out_features):
         assert torch.equal(product.long(), codes.long() @ (weight.codes.long() - zero).T)
 
 
+@needs_int8
 def test_integer_part_is_exact_at_the_extremes():
     x = torch.full((2, 512), 127, dtype=torch.int8)
     for code, zero in ((0, 255), (255, 0)):
@@ -45,6 +47,7 @@ def test_integer_part_is_exact_at_the_extremes():
         assert (integer_product(x, codes, offset) == 512 * 127 * (code - zero)).all()
 
 
+@needs_int8
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group", ["channel", "tensor"])
 def test_against_float64(dtype, group):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from packed_samples import GROUPS, WIDTHS, activations, excess, layer, quantized
+from packed_samples import GROUPS, WIDTHS, activations, excess, layer, needs_int4, quantized
 
 from trifold.kernels.weight_only.blockwise import Blockwise
 from trifold.kernels.weight_only.naive import Naive
@@ -66,6 +66,7 @@ def effective(weight, module):
     return (weight.codes.double() + shift - 8) * scale + zero
 
 
+@needs_int4
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group, in_features", [(32, 96), (64, 128), (128, 160), ("channel", 256), ("tensor", 64)])

@@ -17,7 +17,7 @@ from torch import nn
 
 from trifold.compress.capture import Call
 from trifold.core.method import Statistics
-from trifold.core.observe import Enough, observe, remembered, watch
+from trifold.core.observe import Enough, Memory, observe, remembered, watch
 
 MEMORY_SHARE = 0.25  # of the memory free at the start of a block may hold remembered outputs
 
@@ -35,7 +35,7 @@ class BlockRunner:
     ) -> None:
         self.block, self.linears, self.calls, self.hidden = block, dict(linears), calls, hidden
         self._final: set[str] = set()
-        self._outputs: list[dict[str, Any]] = [{} for _ in hidden]
+        self._outputs = [Memory() for _ in hidden]
         self._memory = _free_memory() * MEMORY_SHARE if memory is None else memory
         self._held = 0
         self._repeated = False
@@ -80,9 +80,10 @@ class BlockRunner:
         known = {name: self.block.get_submodule(name) for name in outputs}
         with remembered({**settled, **known}, outputs, lambda _name: self._held < self._memory):
             yield
-        for name in [n for n in outputs if any(n.startswith(outer + ".") for outer in outputs)]:
-            del outputs[name]  # an outer module has run since and stands for it
-        self._held = sum(_bytes(value) for values in self._outputs for value in values.values())
+        for name in outputs:
+            if any(name.startswith(outer + ".") for outer in outputs):
+                outputs.forget(name)  # an outer module has run since and stands for it
+        self._held = sum(memory.nbytes for memory in self._outputs)
 
     @torch.no_grad()
     def observe(self, statistics: Mapping[str, Statistics]) -> None:
@@ -104,7 +105,7 @@ class BlockRunner:
         for batch, (call, hidden) in enumerate(zip(self.calls, self.hidden, strict=True)):
             with self._shortcuts(batch):
                 results.append(call.run(self.block, hidden))
-            self._outputs[batch].clear()
+            self._outputs[batch] = Memory()
         return results
 
     @torch.no_grad()
@@ -125,12 +126,6 @@ class BlockRunner:
         finally:
             handle.remove()
         return found
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    return sum(_bytes(v) for v in value) if isinstance(value, tuple | list) else 0
 
 
 def _free_memory() -> int:

@@ -204,7 +204,7 @@ class Split(Canonical):
         return (len(self.index), other) if self.axis == 0 else (other, len(self.index))
 
     def dequantize(self) -> torch.Tensor:
-        weight = torch.empty(self.shape)
+        weight = torch.empty(self.shape, device=self.index.device)
         for number, part in enumerate(self.parts):
             places = (self.index == number).nonzero().squeeze(1)
             weight.index_copy_(self.axis, places, part.dequantize())

@@ -106,13 +106,14 @@ def sweep(
 
 
 def quadratic_loss(difference: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """tr(D H Dᵀ), a float64 scalar. difference: (out, in); gram: (in, in)."""
-    d = difference.double()
-    return ((d @ gram.double()) * d).sum()
+    """tr(D H Dᵀ), a float64 scalar. difference: (out, in), whose dtype the products have; gram: (in, in)."""
+    size = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    product = difference @ (gram / size).to(difference.dtype)
+    return (product * difference).sum(dtype=torch.float64) * size
 
 
 def relative_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.Tensor) -> float:
     """tr((W - Q) H (W - Q)ᵀ) / tr(W H Wᵀ): the squared output error over the squared output."""
     total = float(quadratic_loss(weight, gram))
     error = float(quadratic_loss(weight - approximation, gram))
-    return error / total if total > 0 else float(error > 0)
+    return max(error, 0.0) / total if total > 0 else float(error > 0)

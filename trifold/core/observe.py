@@ -59,23 +59,53 @@ def observe(
         yield
 
 
-@contextmanager
-def remembered(
-    modules: Mapping[str, nn.Module], outputs: dict[str, Any], keep: Callable[[str], bool]
-) -> Iterator[None]:
-    """Replace each module's forward: return `outputs[name]` where known, else run and, if `keep(name)`, store.
+class Memory:
+    """Outputs of modules, held without copying: one that was changed in place since is forgotten."""
 
-    For modules whose weights and inputs are final, so that running them again gives the same. What is stored
-    is handed out as a copy, since a block may add to it in place.
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[Any, list[int]]] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._held))
+
+    def __contains__(self, name: str) -> bool:
+        if name in self._held:
+            value, versions = self._held[name]
+            if versions == [t._version for t in _tensors(value)]:
+                return True
+            del self._held[name]
+        return False
+
+    def __getitem__(self, name: str) -> Any:
+        return self._held[name][0]
+
+    def keep(self, name: str, value: Any) -> None:
+        """Hold an output."""
+        self._held[name] = value, [t._version for t in _tensors(value)]
+
+    def forget(self, name: str) -> None:
+        """Let go of an output."""
+        self._held.pop(name, None)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for value, _ in self._held.values() for t in _tensors(value))
+
+
+@contextmanager
+def remembered(modules: Mapping[str, nn.Module], memory: Memory, keep: Callable[[str], bool]) -> Iterator[None]:
+    """Replace each module's forward: return what memory holds, else run and, if `keep(name)`, hold it.
+
+    For modules whose weights and inputs are final, so that running them again gives the same.
     """
 
     def replacement(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if name in outputs:
-                return _copy(outputs[name])
+            if name in memory:
+                return memory[name]
             result = forward(*args, **kwargs)
             if keep(name):
-                outputs[name] = _copy(result)
+                memory.keep(name, result)
             return result
 
         return run
@@ -89,7 +119,7 @@ def remembered(
             del module.forward
 
 
-def _copy(value: Any) -> Any:
+def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        return value.clone()
-    return type(value)(_copy(v) for v in value) if type(value) in (tuple, list) else value
+        return [value]
+    return [t for v in value for t in _tensors(v)] if isinstance(value, tuple | list) else []

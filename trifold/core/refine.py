@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from trifold.core.ranges import expand_groups, round_scale, to_codes
+from trifold.core.ranges import expand_groups, round_scale
 from trifold.core.scheme import Scheme
 
 _TRUST = 3.0  # a refitted scale this many times larger or smaller is not believed
@@ -81,9 +81,8 @@ def descend(
     All (out, in) float32, scale and offset per weight; hessian (in, in). Returns the new codes.
     """
     codes, scale, offset = (t.T.contiguous() for t in (codes, scale, offset))
-    codes = codes.clone()
     error = weight.T - (codes - offset) * scale  # (in, out)
-    curvature = hessian.diagonal().tolist()
+    step = (scale * hessian.diagonal()[:, None]).reciprocal_()
     for start in range(0, len(codes), block):
         stop = min(start + block, len(codes))
         slope = hessian[start:stop] @ error
@@ -92,9 +91,8 @@ def descend(
         for i in range(stop - start):
             j = start + i
             pull = torch.addmv(slope[i], moved[:i].T, inner[:i, i], alpha=-1) if i else slope[i]
-            wanted = (codes[j] - offset[j]) * scale[j] + pull / curvature[j]
-            new = to_codes(wanted, scale[j], offset[j], scheme)
-            moved[i] = (new - codes[j]) * scale[j]
+            new = torch.addcmul(codes[j], pull, step[j]).round_().clamp_(0, scheme.max_code)
+            torch.mul(new - codes[j], scale[j], out=moved[i])
             codes[j] = new
         error[start:stop] -= moved
     return codes.T.contiguous()

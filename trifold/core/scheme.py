@@ -86,7 +86,7 @@ def quantize_per_token(x: torch.Tensor, scheme: InputScheme) -> tuple[torch.Tens
     """x (..., in), any float dtype -> codes int8 (..., in), scale float32 (..., 1). A zero row gets scale 1."""
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True) / scheme.max_code
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return (x / scale).round_().clamp_(-scheme.max_code, scheme.max_code).to(torch.int8), scale
 
 

@@ -37,7 +37,7 @@ def unpack_bits(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     rows = words.shape[0]
     mask = 2**bits - 1
     if 8 % bits == 0:  # codes do not straddle bytes
-        octets = words.contiguous().view(torch.uint8)
+        octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # also of one word
         if bits < 8:
             octets = torch.stack([octets >> s & mask for s in range(0, 8, bits)], dim=-1)
         return octets.reshape(rows, -1)[:, :count].contiguous()

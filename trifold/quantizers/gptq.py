@@ -15,7 +15,7 @@ import torch
 from trifold.core.canonical import Quantized
 from trifold.core.method import METHODS, Bounds, LayerMethod, LayerProblem, LayerSolution
 from trifold.core.obs import Damping, damped, inverse_cholesky, sweep
-from trifold.core.ranges import Ranges, expand_groups, fit_ranges, to_codes
+from trifold.core.ranges import Ranges, fit_ranges, to_codes
 from trifold.core.refine import refine
 from trifold.core.scheme import Scheme
 from trifold.core.statistics import Gram, Statistic
@@ -55,9 +55,8 @@ class GPTQ(LayerMethod):
                 problem.bounds.get(n) or fit_ranges(w, scheme, self.ranges, norm=self.norm)
                 for n, w in zip(names, weights, strict=True)
             ]
-            codes = self._codes(weights, bounds, scheme, order, upper)
-            for name, weight, code, bound in zip(names, weights, codes, bounds, strict=True):
-                canonical[name] = self._refined(weight, problem.gram, code, bound, scheme, damping.ratio)
+            solved = self._solve(weights, bounds, scheme, order, upper, problem.gram, damping.ratio)
+            canonical.update(zip(names, solved, strict=True))
         return LayerSolution(canonical, _events(problem, damping))
 
     def _order(self, gram: torch.Tensor) -> torch.Tensor:
@@ -65,51 +64,59 @@ class GPTQ(LayerMethod):
             return torch.argsort(gram.diagonal(), descending=True, stable=True)
         return torch.arange(len(gram), device=gram.device)
 
-    def _codes(
+    def _solve(
         self,
         weights: list[torch.Tensor],
         bounds: list[Bounds],
         scheme: Scheme,
         order: torch.Tensor,
         upper: torch.Tensor,
-    ) -> list[torch.Tensor]:
-        """Codes of several weights that share their input, in one sweep over stacked rows."""
-        rows, columns = [len(w) for w in weights], weights[0].shape[1]
-        width = scheme.group_width(columns)
-
-        def by_column(pick: int) -> torch.Tensor:
-            wide = [expand_groups(b[pick], r, columns, width) for b, r in zip(bounds, rows, strict=True)]  # type: ignore[arg-type]
-            return torch.cat(wide)[:, order].T.contiguous()
-
-        scale = by_column(0)
-        zero = torch.full_like(scale, scheme.midpoint) if scheme.symmetric else by_column(1)
-        codes = torch.empty_like(scale)
-
-        def decide(j: int, column: torch.Tensor) -> torch.Tensor:
-            codes[j] = to_codes(column, scale[j], zero[j], scheme)
-            return (codes[j] - zero[j]) * scale[j]
-
-        sweep(torch.cat(weights)[:, order], upper.to(scale.dtype), decide, self.block_size)
-        restored = torch.empty_like(codes)
-        restored[order] = codes
-        return list(restored.T.contiguous().split(rows))
-
-    def _refined(
-        self,
-        weight: torch.Tensor,
         gram: torch.Tensor,
-        codes: torch.Tensor,
-        bounds: Bounds,
-        scheme: Scheme,
         damping: float,
-    ) -> Quantized:
-        scale, zero = bounds
+    ) -> list[Quantized]:
+        """Several weights that share their input and scheme, as one with stacked rows."""
+        rows, stacked = [len(w) for w in weights], torch.cat(weights)
+        if scheme.group_size == "tensor":  # one scale each; below it is one per row
+            bounds = [
+                (s.expand(r, 1), None if z is None else z.expand(r, 1)) for (s, z), r in zip(bounds, rows, strict=True)
+            ]
+        scale = torch.cat([s for s, _ in bounds])
+        zero = torch.full_like(scale, scheme.midpoint)
+        if not scheme.symmetric:
+            zero = torch.cat([z for _, z in bounds if z is not None])
+        codes = self._sweep(stacked, scale, zero, scheme, order, upper)
         if self.refine and scheme.group_size != "tensor":
             hessian = damped(gram, damping)
-            hessian = (hessian / hessian.diagonal().mean()).to(weight.dtype)
-            offset = torch.full_like(scale, scheme.midpoint) if zero is None else zero
-            codes, scale = refine(weight, hessian, codes, scale, offset, scheme, self.refine)
-        return quantized(codes, (scale, zero), scheme)
+            hessian = (hessian / hessian.diagonal().mean()).to(stacked.dtype)
+            codes, scale = refine(stacked, hessian, codes, scale, zero, scheme, self.refine)
+        parts = zip(codes.split(rows), scale.split(rows), zero.split(rows), strict=True)
+        if scheme.group_size == "tensor":
+            parts = ((c, s[:1], z[:1]) for c, s, z in parts)
+        return [quantized(c, (s, None if scheme.symmetric else z), scheme) for c, s, z in parts]
+
+    def _sweep(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        scheme: Scheme,
+        order: torch.Tensor,
+        upper: torch.Tensor,
+    ) -> torch.Tensor:
+        """The paper's loop: codes (out, in) as floats."""
+        group = (order // scheme.group_width(weight.shape[1])).tolist()
+        scales, zeros = scale.T.contiguous(), zero.T.contiguous()
+        codes = torch.empty_like(weight.T, memory_format=torch.contiguous_format)
+        place = order.tolist()
+
+        def decide(j: int, column: torch.Tensor) -> torch.Tensor:
+            s, z = scales[group[j]], zeros[group[j]]
+            code = to_codes(column, s, z, scheme)
+            codes[place[j]] = code
+            return code.sub_(z).mul_(s)
+
+        sweep(weight[:, order], upper.to(weight.dtype), decide, self.block_size)
+        return codes.T.contiguous()
 
 
 def _by_scheme(problem: LayerProblem) -> dict[Scheme, list[str]]:
