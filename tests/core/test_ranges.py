@@ -13,8 +13,8 @@ def quantize(weight, scheme, **options):
     scale, zero = fit_ranges(weight, scheme, **options)
     assert scale.shape == scheme.scale_shape(rows, columns) and scale.dtype == torch.float32
     width = scheme.group_width(columns)
-    s = expand_groups(scale, rows, columns, width)
-    z = scheme.midpoint if zero is None else expand_groups(zero, rows, columns, width)
+    s = expand_groups(scale, (rows, columns), width)
+    z = scheme.midpoint if zero is None else expand_groups(zero, (rows, columns), width)
     codes = to_codes(weight, s, z, scheme)
     return codes, scale, zero, (codes - z) * s
 
@@ -118,7 +118,7 @@ def test_importance_decides_what_is_cut():
 def test_inside_the_range_the_error_is_half_a_step(bits, symmetric):
     w = torch.randn(7, 96, generator=torch.Generator().manual_seed(bits))
     codes, scale, zero, back = quantize(w, exact(bits, symmetric, 32))
-    step = expand_groups(scale, 7, 96, 32)
+    step = expand_groups(scale, (7, 96), 32)
     # An asymmetric zero-point is rounded, so that an extreme may be clipped by up to half a step more.
     assert ((back - w).abs() <= step * (0.5 if symmetric else 1.0) * (1 + 1e-5)).all()
     assert codes.min() >= 0 and codes.max() <= 2**bits - 1
@@ -133,8 +133,8 @@ def test_a_second_rounding_changes_nothing(symmetric, ranges):
     w = torch.randn(7, 96, generator=torch.Generator().manual_seed(0))
     scheme = exact(4, symmetric, 32)
     codes, scale, zero, back = quantize(w, scheme, ranges=ranges)
-    z = scheme.midpoint if zero is None else expand_groups(zero, 7, 96, 32)
-    assert torch.equal(to_codes(back, expand_groups(scale, 7, 96, 32), z, scheme), codes)
+    z = scheme.midpoint if zero is None else expand_groups(zero, (7, 96), 32)
+    assert torch.equal(to_codes(back, expand_groups(scale, (7, 96), 32), z, scheme), codes)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -184,8 +184,8 @@ def test_views_of_groups():
     w = torch.arange(10.0).reshape(2, 5)
     assert group_view(w, 2).tolist() == [[[0, 1], [2, 3], [4, 4]], [[5, 6], [7, 8], [9, 9]]]
     scale = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
-    assert expand_groups(scale, 2, 5, 2).tolist() == [[1, 1, 2, 2, 3], [4, 4, 5, 5, 6]]
-    assert expand_groups(torch.ones(1, 1), 2, 5, 5).shape == (2, 5)
+    assert expand_groups(scale, (2, 5), 2).tolist() == [[1, 1, 2, 2, 3], [4, 4, 5, 5, 6]]
+    assert expand_groups(torch.ones(1, 1), (2, 5), 5).shape == (2, 5)
 
 
 def test_slabs_do_not_change_the_result(monkeypatch):

@@ -17,8 +17,8 @@ STEPS: dict[str, list[dict[str, Any]]] = {
 }
 """Method part of a preset -> steps; the scheme goes to the last one."""
 
-_WEIGHT_ONLY = {"scheme": {"group_size": 128}}
-_WITH_INPUT = {"scheme": {"group_size": "channel", "symmetric": True}, "options": {"ranges": "minmax"}}
+_WEIGHT_ONLY: dict[str, Any] = {"scheme": {"group_size": 128}}
+_WITH_INPUT: dict[str, Any] = {"scheme": {"group_size": "channel", "symmetric": True}, "options": {"ranges": "minmax"}}
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -74,12 +74,11 @@ class Quantized(Canonical):
         return _two(self.codes.shape)
 
     def dequantize(self) -> torch.Tensor:
-        rows, columns = self.shape
-        width = self.scheme.group_width(columns)
-        scale = expand_groups(self.scale.float(), rows, columns, width)
+        width = self.scheme.group_width(self.shape[1])
+        scale = expand_groups(self.scale.float(), self.shape, width)
         if self.zero_point is None:
             return (self.codes.float() - self.scheme.midpoint) * scale
-        return (self.codes.float() - expand_groups(self.zero_point.float(), rows, columns, width)) * scale
+        return (self.codes.float() - expand_groups(self.zero_point.float(), self.shape, width)) * scale
 
 
 @dataclass(frozen=True, eq=False)

@@ -110,13 +110,16 @@ def remembered(modules: Mapping[str, nn.Module], memory: Memory, keep: Callable[
 
         return run
 
+    own = {name: vars(module).get("forward") for name, module in modules.items()}  # others replace it too
     for name, module in modules.items():
-        module.forward = replacement(name, module.forward)  # type: ignore[method-assign]
+        module.forward = replacement(name, module.forward)
     try:
         yield
     finally:
-        for module in modules.values():
+        for name, module in modules.items():
             del module.forward
+            if own[name] is not None:
+                module.forward = own[name]
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

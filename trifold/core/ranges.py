@@ -7,7 +7,7 @@ weights that calibration saw.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -30,11 +30,11 @@ def group_view(matrix: torch.Tensor, width: int) -> torch.Tensor:
     return matrix.reshape(rows, -1, width)
 
 
-def expand_groups(per_group: torch.Tensor, out_features: int, in_features: int, width: int) -> torch.Tensor:
-    """Scales or zero-points (out, groups), or (1, 1), -> one value per weight (out, in)."""
+def expand_groups(per_group: torch.Tensor, shape: Sequence[int], width: int) -> torch.Tensor:
+    """Scales or zero-points (out, groups), or (1, 1), -> one value per weight, of `shape` (out, in)."""
     if per_group.shape == (1, 1):
-        return per_group.expand(out_features, in_features)
-    return per_group.repeat_interleave(width, dim=1)[:, :in_features]
+        return per_group.expand(shape[0], shape[1])
+    return per_group.repeat_interleave(width, dim=1)[:, : shape[1]]
 
 
 def round_scale(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:

@@ -30,10 +30,10 @@ def refine(
     `scheme.scale_shape`, float32; the scheme must have groups or channels.
     """
     width = scheme.group_width(weight.shape[1])
-    offset = expand_groups(zero, *weight.shape, width)
+    offset = expand_groups(zero, weight.shape, width)
     for _ in range(rounds):
         scale = refit_scales(weight, hessian, codes - offset, scale, scheme)
-        codes = descend(weight, hessian, codes, expand_groups(scale, *weight.shape, width), offset, scheme, block)
+        codes = descend(weight, hessian, codes, expand_groups(scale, weight.shape, width), offset, scheme, block)
     return codes, scale
 
 

@@ -195,15 +195,15 @@ def _relative_weight(weights: Sequence[torch.Tensor], schemes: Sequence[Scheme])
     for weight, scheme in zip(weights, schemes, strict=True):
         width = scheme.group_width(weight.shape[1])
         largest = group_view(weight.abs(), width).amax(-1)
-        total += (weight.abs() / (expand_groups(largest, *weight.shape, width) + 1e-6)).sum(0)
+        total += (weight.abs() / (expand_groups(largest, weight.shape, width) + 1e-6)).sum(0)
     return total / sum(len(w) for w in weights)
 
 
 def _rounded(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     width = scheme.group_width(weight.shape[1])
     scale, zero = fit_ranges(weight, scheme)
-    scale = expand_groups(scale, *weight.shape, width)
-    z = scheme.midpoint if zero is None else expand_groups(zero, *weight.shape, width)
+    scale = expand_groups(scale, weight.shape, width)
+    z = scheme.midpoint if zero is None else expand_groups(zero, weight.shape, width)
     return (to_codes(weight, scale, z, scheme) - z) * scale
 
 
@@ -238,20 +238,17 @@ def clip_search(weight: torch.Tensor, scheme: Scheme, gram: torch.Tensor) -> Bou
     groups = group_view(weight, width)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     largest = torch.maximum(-low, high)
-    best_scale, best_zero, best = None, None, None
+    best_scale, best_zero = from_bounds(low, high, scheme)
+    best = torch.full_like(best_scale, torch.inf)
     for step in range(_CLIP_STEPS // 2):
         limit = largest * (1 - step / _CLIP_STEPS)
         scale, zero = from_bounds(torch.maximum(low, -limit), torch.minimum(high, limit), scheme)
         z = scheme.midpoint if zero is None else zero
         difference = (to_codes(groups, scale, z, scheme) - z) * scale - groups
         error = (torch.einsum("ngi,gij->ngj", difference, blocks) * difference).sum(-1, keepdim=True)
-        if best is None:
-            best_scale, best_zero, best = scale, zero, error
-            continue
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
-        if zero is not None:
+        if zero is not None and best_zero is not None:
             best_zero = torch.where(better, zero, best_zero)
-    assert best_scale is not None
     return best_scale.squeeze(-1), None if best_zero is None else best_zero.squeeze(-1)

@@ -48,7 +48,7 @@ class GPTQ(LayerMethod):
         assert problem.gram is not None
         order = self._order(problem.gram)
         upper, damping = inverse_cholesky(problem.gram[order][:, order], self.damping)
-        canonical = {}
+        canonical: dict[str, Quantized] = {}
         for scheme, names in _by_scheme(problem).items():
             weights = [problem.weights[n] for n in names]
             bounds = [
@@ -89,10 +89,12 @@ class GPTQ(LayerMethod):
             hessian = damped(gram, damping)
             hessian = (hessian / hessian.diagonal().mean()).to(stacked.dtype)
             codes, scale = refine(stacked, hessian, codes, scale, zero, scheme, self.refine)
-        parts = zip(codes.split(rows), scale.split(rows), zero.split(rows), strict=True)
-        if scheme.group_size == "tensor":
-            parts = ((c, s[:1], z[:1]) for c, s, z in parts)
-        return [quantized(c, (s, None if scheme.symmetric else z), scheme) for c, s, z in parts]
+        solved = []
+        for c, s, z in zip(codes.split(rows), scale.split(rows), zero.split(rows), strict=True):
+            shared = 1 if scheme.group_size == "tensor" else len(s)
+            kept = (s[:shared], None if scheme.symmetric else z[:shared])
+            solved.append(quantized(c, kept, scheme))
+        return solved
 
     def _sweep(
         self,

@@ -21,9 +21,8 @@ def quantized(codes: torch.Tensor, bounds: Bounds, scheme: Scheme) -> Quantized:
 
 def round_to_nearest(weight: torch.Tensor, bounds: Bounds, scheme: Scheme) -> Quantized:
     """weight (out, in) float32 -> the nearest codes within the given ranges."""
-    rows, columns = weight.shape
-    width = scheme.group_width(columns)
-    scale, zero = (None if b is None else expand_groups(b, rows, columns, width) for b in bounds)
+    width = scheme.group_width(weight.shape[1])
+    scale, zero = (None if b is None else expand_groups(b, weight.shape, width) for b in bounds)
     assert scale is not None
     return quantized(to_codes(weight, scale, scheme.midpoint if zero is None else zero, scheme), bounds, scheme)
 
