@@ -37,7 +37,9 @@ def text_windows(
     vocabulary = getattr(_text_config(config), "vocab_size", None)
     if isinstance(text, str | os.PathLike):
         if tokenizer is None:
-            raise CalibrationError(f"{text}: the model has no tokenizer; give token ids from Python instead")
+            raise CalibrationError(
+                f"{text}: the model has no tokenizer that can be read; give token ids from Python instead"
+            )
         documents = read_documents(text, option)
         windows = windows_from_documents(
             documents, tokenizer, seqlen, limit, stride, source=os.fspath(text), vocab_size=vocabulary

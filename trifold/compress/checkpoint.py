@@ -7,15 +7,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from trifold.compress.journal import save_synced, write_synced
-from trifold.core.errors import InputError, ResourceError
+from trifold.core.errors import CheckpointError, InputError, ResourceError
 
 FORMAT_VERSION = "1.0"
 QUANT_METHOD = "trifold"
@@ -25,44 +26,68 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def parse_size(text: str | int) -> int:
     """Bytes of '5GB', '200 MiB' or a number. Raises InputError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    if not match or match[2].upper() not in _UNITS or not float(match[1]):
+    size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
+    if size < 1:
         raise InputError(f"--max-shard-size {text!r}: write it as 5GB, 200MB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return size
 
 
 def check_output(output: Path) -> None:
     """Raise InputError unless `output` is absent or an empty folder, in a place that can be written."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output}: already exists and is not empty; choose another folder or remove it")
-    parent = next(p for p in output.absolute().parents if p.exists())
+    if not output.name:
+        raise InputError(f"{output}: give the folder to create by name")
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise InputError(f"{output}: already exists and is not empty; choose another folder or remove it")
+        parent = next(p for p in output.absolute().parents if p.exists())
+    except OSError as error:
+        raise InputError(f"{output}: cannot be used ({error.strerror}); choose another folder") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{output}: {parent} cannot be written; choose another folder")
 
 
 def check_partial(partial: Path) -> None:
     """Raise InputError if the folder for unfinished work is there and is not ours."""
-    if partial.exists() and any(partial.iterdir()) and not (partial / "journal" / "fingerprint.json").exists():
+    if os.path.lexists(partial) and not (partial.is_dir() and _ours(partial)):
         raise InputError(f"{partial}: holds something else, but unfinished work has to go there; move it away")
 
 
+def _ours(partial: Path) -> bool:
+    """Whether the folder holds our journal, or nothing but the beginning of one."""
+    begun = {"journal", "fingerprint.json.tmp"}
+    return (partial / "journal" / "fingerprint.json").exists() or all(p.name in begun for p in partial.rglob("*"))
+
+
 @contextmanager
-def disk_errors(folder: Path):
-    """Turn a full or read-only disk into a ResourceError that says what to do."""
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a failing environment (disk full or read-only, no memory) into a ResourceError that says what to do."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM):
-            reason = os.strerror(error.errno)
-            raise ResourceError(f"{folder}: {reason}; make room, then run the same command to go on") from error
+        raise _resource_error(error.filename or folder, error.errno, str(error)) from error
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _resource_error(folder, errno.ENOMEM) from error
+    except (SafetensorError, RuntimeError) as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number or "can't allocate memory" in str(error):
+            raise _resource_error(folder, int(number[1]) if number else errno.ENOMEM) from error
         raise
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError" and "space" in str(error).lower():
-            raise ResourceError(f"{folder}: {error}; make room, then run the same command to go on") from error
-        raise
+
+
+def _resource_error(where: Path | str, number: int | None, text: str = "") -> ResourceError:
+    advice = "make room" if number in (errno.ENOSPC, errno.EDQUOT) else "mend it"
+    problem = os.strerror(number) if number else text
+    return ResourceError(f"{where}: {problem}; {advice}, then run the same command to go on")
 
 
 def write_shards(folder: Path, units: Iterable[Mapping[str, torch.Tensor]], max_shard: int) -> None:
-    """Write tensors, given in units that need not stay in memory together, as one file or an indexed set."""
+    """Write tensors, given in units that need not stay in memory together, as one file or an indexed set.
+
+    Files of an earlier attempt, halves and temporary ones among them, are removed first.
+    """
+    for stale in folder.iterdir():
+        if stale.is_file():
+            stale.unlink()
     pending: dict[str, torch.Tensor] = {}
     size, shards, total = 0, list[tuple[Path, list[str]]](), 0
 
@@ -91,6 +116,18 @@ def write_shards(folder: Path, units: Iterable[Mapping[str, torch.Tensor]], max_
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_synced(folder / "model.safetensors.index.json", _json(index))
+
+
+def check_version(version: Any) -> None:
+    """Raise CheckpointError for a format of a newer major version, naming what is needed."""
+    major, ours = str(version).split(".")[0], FORMAT_VERSION.split(".")[0]
+    if not major.isdecimal():
+        raise CheckpointError(f"config.json: format_version {version!r} is no version; copy the checkpoint again")
+    if int(major) > int(ours):
+        raise CheckpointError(
+            f"checkpoint format {version} is newer than this Trifold reads ({FORMAT_VERSION}); "
+            f"install a version that reads format {major}: pip install --upgrade trifold"
+        )
 
 
 def quantization_block(contents: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 It lives in OUT.partial/journal. Every finished block leaves its packed tensors, its report and the hidden
 states that enter the next block; each file is written aside, synced to disk and renamed, and the JSON comes
-last, so a block either counts whole or not at all.
+last, so a block either counts whole or not at all. A journal that the disk has damaged is an error of the
+environment, and stays where it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from trifold.compress.block import Compressed
-from trifold.core.errors import InputError
+from trifold.core.errors import InputError, ResourceError
 
 
 class Journal:
@@ -31,7 +32,7 @@ class Journal:
         stamp = folder / "fingerprint.json"
         ours = json.loads(json.dumps(fingerprint))
         if stamp.exists():
-            theirs = json.loads(stamp.read_text())
+            theirs = _read_json(stamp)
             different = _difference(theirs, ours)
             if different:
                 raise InputError(
@@ -39,7 +40,8 @@ class Journal:
                     "or repeat the command that began it"
                 )
         else:
-            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)  # blocks of no known run
+            folder.mkdir(parents=True)
             write_synced(stamp, json.dumps(ours, indent=1, sort_keys=True).encode())
         self.done = 0
         while self._json(self.done).exists() and self._shard(self.done).exists():
@@ -74,10 +76,10 @@ class Journal:
 
     def entry(self, block: int) -> dict[str, Any]:
         """What was noted of a finished block."""
-        return json.loads(self._json(block).read_text())
+        return _read_json(self._json(block))
 
     def hidden(self) -> list[torch.Tensor]:
-        """The hidden states behind the last finished block. Raises InputError if the file is damaged."""
+        """The hidden states behind the last finished block. Raises ResourceError if the file is damaged."""
         return [t for _, t in sorted(self._load(self._hidden(self.done)).items())]
 
     def block_tensors(self, block: int) -> dict[str, torch.Tensor]:
@@ -96,11 +98,26 @@ class Journal:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: damaged ({error}); --fresh starts over") from error
+            raise _damaged(path, error) from error
 
     def remove(self) -> None:
-        """Forget everything: the run is complete."""
+        """Forget everything: the run is complete. Broken off half-way, what is left is a journal without blocks."""
+        rest = sorted(self.folder.iterdir(), key=lambda path: not path.name.startswith("hidden-"))
+        for path in rest:
+            if path.name != "fingerprint.json":
+                path.unlink()
         shutil.rmtree(self.folder)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ResourceError:
+    return ResourceError(f"{path}: damaged ({error}); --fresh starts over")
 
 
 def save_synced(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -7,7 +7,8 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ import torch
 
 from trifold.compress import checkpoint
 from trifold.compress.block import BlockCompressor, Compressed, dense_tensors
-from trifold.compress.calibration import Calibration, default_batch_size, random_windows, text_windows
+from trifold.compress.calibration import (
+    PROOF_WINDOWS,
+    Calibration,
+    default_batch_size,
+    random_windows,
+    text_windows,
+)
 from trifold.compress.capture import Call, Captured, Tail, capture_calls
 from trifold.compress.integration.load import load, read_compressed
 from trifold.compress.integration.modules import install
@@ -61,9 +68,12 @@ class Job:
     options: Options
     report: Reporter
 
-    @property
+    @cached_property
     def ids(self) -> list[torch.Tensor]:
-        return list(batches(self.windows, self.batch_size))
+        """Batches of token ids; the first is small, since it is also the one that the proof runs."""
+        few = replace(self.windows, ids=self.windows.ids[:PROOF_WINDOWS])
+        rest = replace(self.windows, ids=self.windows.ids[PROOF_WINDOWS:])
+        return [*batches(few, self.batch_size), *batches(rest, self.batch_size)]
 
 
 def prepare(

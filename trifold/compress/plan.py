@@ -51,6 +51,11 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
         if not step.solves:
             method = step.build()
             assert isinstance(method, BlockMethod)
+            solved = next((name for name in names if name in owner), None)
+            if solved is not None:
+                raise RecipeError(
+                    f"step {step.name!r}: {owner[solved]!r} has solved {solved} before it; put {step.name!r} first"
+                )
             rewrites.append((step.name, method, frozenset(names) & frozenset(inside)))
             continue
         for name in names:
@@ -82,23 +87,19 @@ def _targets(step: Step, inside: list[str], others: list[str]) -> list[str]:
 
 
 def _layer_plan(step: Step, name: str, module: nn.Module) -> LayerPlan | None:
-    assert step.scheme is not None
-    scheme, options = step.scheme.model_dump(), {}
+    changes: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for override in step.overrides:
         if matches(override.match, name):
             if override.skip:
                 return None
-            scheme.update(override.scheme)
+            changes.update(override.scheme)
             options.update(override.options)
-    method = step.build(options)
-    assert isinstance(method, LayerMethod)
-    try:
-        built = Scheme(**scheme)
-    except (TypeError, RecipeError) as error:
-        raise RecipeError(f"step {step.name!r}, {name}: {error}") from error
+    method, scheme = step.build(options), step.scheme_with(changes)
+    assert isinstance(method, LayerMethod) and scheme is not None
     shape = tuple(module.get_parameter("weight").shape)
     rows, columns = reversed(shape) if is_transposed(module) else shape
-    return LayerPlan((rows, columns), method, built, step.input.build() if step.input else None)
+    return LayerPlan((rows, columns), method, scheme, step.input.build() if step.input else None)
 
 
 def _check_tied(model: Any, name: str) -> None:

@@ -33,13 +33,13 @@ class Written:
     def __init__(self, folder: Path, skeleton: Any) -> None:
         self.files, self.model = shard_files(folder), skeleton
 
-    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Every stored tensor whose name begins so."""
+    def tensors(self, prefix: str, inside: bool = True) -> dict[str, torch.Tensor]:
+        """The stored tensors whose names begin so, or (`inside` false) do not. No other one is read."""
+        names = [name for name in self.files if name.startswith(prefix) is inside]
         found = {}
-        for file in sorted({f for name, f in self.files.items() if name.startswith(prefix)}):
+        for file in sorted({self.files[name] for name in names}):
             with safe_open(file, framework="pt") as handle:
-                names = [n for n in handle.keys() if n.startswith(prefix)]  # noqa: SIM118
-                found.update({name: handle.get_tensor(name) for name in names})
+                found.update({name: handle.get_tensor(name) for name in names if self.files[name] == file})
         return found
 
     def fill(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
@@ -65,8 +65,7 @@ def prove(folder: Path, decided: Compressed, journal: Journal, ids: torch.Tensor
     written = Written(folder, _skeleton(source, decided))
     model, device = written.model, source.device
     blocks = model.get_submodule(source.blocks)
-    outside = {n: t for n, t in written.tensors("").items() if not n.startswith(source.blocks + ".")}
-    written.fill(outside, device)
+    written.fill(written.tensors(source.blocks + ".", inside=False), device)
     model.tie_weights()
     exact = source.dtype == torch.float32 and not any("input" in spec for spec in decided.modules.values())
     captured = capture_calls(model, blocks, ids.to(device))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +17,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictInt,
+    StrictStr,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -33,11 +38,20 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+@contextmanager
+def _placed() -> Iterator[None]:
+    """Let pydantic add to an error the place in the recipe."""
+    try:
+        yield
+    except RecipeError as error:
+        raise ValueError(str(error)) from error
+
+
 class SchemeModel(_Strict):
     """`core.scheme.Scheme` as a recipe spells it."""
 
-    bits: int = 4
-    group_size: int | Literal["channel", "tensor"] = 128
+    bits: StrictInt = 4
+    group_size: StrictInt | StrictStr = 128
     symmetric: bool = False
     scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
 
@@ -46,21 +60,23 @@ class SchemeModel(_Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> SchemeModel:
-        self.build()
+        with _placed():
+            self.build()
         return self
 
 
 class InputModel(_Strict):
     """How activations are quantised: per token, at run time."""
 
-    bits: int = 8
+    bits: StrictInt = 8
 
     def build(self) -> InputScheme:
         return InputScheme(self.bits)
 
     @model_validator(mode="after")
     def _possible(self) -> InputModel:
-        self.build()
+        with _placed():
+            self.build()
         return self
 
 
@@ -71,6 +87,11 @@ class Override(_Strict):
     skip: bool = False
     scheme: dict[str, Any] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("match")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        return _pattern(value)
 
 
 class Step(_Strict):
@@ -88,25 +109,54 @@ class Step(_Strict):
     @field_validator("method")
     @classmethod
     def _known(cls, value: str) -> str:
-        METHODS.get(value)
+        with _placed():
+            METHODS.get(value)
         return value
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _readable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(_pattern, value))
 
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or data.get("method") not in METHODS:
+        method = data.get("method") if isinstance(data, Mapping) else None
+        options = (data.get("options") or {}) if isinstance(data, Mapping) else None
+        if not isinstance(method, str) or method not in METHODS or not isinstance(options, Mapping):
             return data
-        kind = METHODS.get(data["method"])
-        full = {"name": data["method"], **data}
-        full["options"] = dataclasses.asdict(build_method(data["method"], data.get("options") or {}))  # type: ignore[call-overload]
+        kind, full = METHODS.get(method), {**data, "name": data.get("name") or method}
+        with _placed():
+            full["options"] = dataclasses.asdict(build_method(method, options))  # type: ignore[call-overload]
         if issubclass(kind, LayerMethod) and kind.quantizes:
-            full.setdefault("scheme", {})
+            full["scheme"] = {} if data.get("scheme") is None else data["scheme"]
         elif data.get("scheme") or data.get("input"):
-            raise RecipeError(f"step {full['name']!r}: {data['method']} takes no scheme; give it to a later step")
+            raise ValueError(f"{method} takes no scheme; give it to a later step")
         return full
+
+    @model_validator(mode="after")
+    def _possible(self) -> Step:
+        if self.overrides and not self.solves:
+            raise ValueError(f"{self.method} takes no overrides; use `targets` and `ignore`")
+        with _placed():
+            for override in self.overrides:
+                self.build(override.options)
+                self.scheme_with(override.scheme)
+        return self
 
     def build(self, override: Mapping[str, Any] | None = None) -> Method:
         return build_method(self.method, {**self.options, **(override or {})})
+
+    def scheme_with(self, changes: Mapping[str, Any]) -> Scheme | None:
+        """The scheme with an override's changes; None if the method takes none. Raises RecipeError."""
+        if self.scheme is None:
+            if changes:
+                raise RecipeError(f"{self.method} takes no scheme; override it in a later step")
+            return None
+        try:
+            return SchemeModel.model_validate({**self.scheme.model_dump(), **changes}).build()
+        except ValidationError as error:
+            raise RecipeError(_explain(error, SchemeModel)) from error
 
     @property
     def solves(self) -> bool:
@@ -118,10 +168,18 @@ class Recipe(_Strict):
 
     name: str = "custom"
     steps: tuple[Step, ...] = Field(min_length=1)
-    nsamples: int = Field(default=128, ge=1)
-    seqlen: int = Field(default=2048, ge=2)
+    nsamples: StrictInt = Field(default=128, ge=1)
+    seqlen: StrictInt = Field(default=2048, ge=2)
     true_sequential: bool = True
-    seed: int = 0
+    seed: StrictInt = 0
+
+    @field_validator("steps")
+    @classmethod
+    def _distinct(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        for name, count in Counter(step.name for step in steps).items():
+            if count > 1:
+                raise ValueError(f"{count} steps are named {name!r}; give each its own `name`")
+        return steps
 
     @property
     def data_free(self) -> bool:
@@ -135,8 +193,10 @@ class Recipe(_Strict):
             return source
         if isinstance(source, Mapping):
             return cls._validated(dict(source), "recipe")
+        if not isinstance(source, str | os.PathLike):
+            raise RecipeError(f"a recipe is a preset name, a YAML file or a mapping, not {type(source).__name__}")
         path = Path(source)
-        if path.suffix in (".yaml", ".yml") or path.exists():
+        if path.suffix in (".yaml", ".yml") or os.path.isfile(path):
             try:
                 data = yaml.safe_load(path.read_text())
             except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -153,7 +213,7 @@ class Recipe(_Strict):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise RecipeError(f"{where}: {_explain(error)}") from error
+            raise RecipeError(f"{where}: {_explain(error, cls)}") from error
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
@@ -162,7 +222,10 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
 
     def updated(self, settings: Iterable[str]) -> Recipe:
-        """With `k=v` in every step (or the recipe) that owns the field, `STEP.k=v` in one step."""
+        """With `k=v` in every step (or the recipe) that owns the field, `STEP.k=v` in one step.
+
+        Values are read as YAML; what is none, such as `*q_proj`, is taken as text.
+        """
         data = self.to_dict()
         for setting in settings:
             key, sign, text = setting.partition("=")
@@ -170,8 +233,8 @@ class Recipe(_Strict):
                 raise RecipeError(f"--set {setting}: write it as key=value")
             try:
                 value = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise RecipeError(f"--set {setting}: {_first_line(error)}") from error
+            except yaml.YAMLError:
+                value = text
             _assign(data, key.strip(), value)
         return self._validated(data, "--set")
 
@@ -196,6 +259,15 @@ def matches(pattern: str, layer: str) -> bool:
     return fnmatch.fnmatchcase(layer, pattern)
 
 
+def _pattern(text: str) -> str:
+    """The pattern itself. Raises ValueError if it is no regular expression but says so."""
+    try:
+        matches(text, "")
+    except re.error as error:
+        raise ValueError(f"pattern {text!r} is not a regular expression ({error})") from error
+    return text
+
+
 def _fields(data: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
     """Field -> [(owner, mapping that holds it)], with owners named as `--set OWNER.k=v` does."""
     owners: dict[str, list[tuple[str, dict[str, Any]]]] = {}
@@ -211,9 +283,9 @@ def _fields(data: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]
 
 
 def _assign(data: dict[str, Any], key: str, value: Any) -> None:
-    owner, _, field = key.rpartition(".")
+    owner, dot, field = key.rpartition(".")
     owners = _fields(data)
-    places = [place for name, place in owners.get(field, ()) if owner in ("", name)]
+    places = [place for name, place in owners.get(field, ()) if not dot or owner == name]
     if not places:
         known = {f"{o}.{f}" if owner else f for f, held in owners.items() for o, _ in held}
         raise RecipeError(f"--set {key}: {unknown_name('setting', key, known)}")
@@ -222,18 +294,19 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
         place[field] = [value] if listed else value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """The first problem in one line: where, what, and the value found. model: whose keys are the known ones."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = unknown_name("key", first["loc"][-1], _known_keys(first["loc"]))
-        return f"{message} (in {where})"
+    if first["type"] == "extra_forbidden" and model is not None:
+        return f"{unknown_name('key', first['loc'][-1], _known_keys(model, first['loc']))} (in {where})"
+    message = first["msg"].removeprefix("Value error, ").replace("Tuple", "List").replace("tuple", "list")
+    if first["type"] not in ("value_error", "missing") and isinstance(first["input"], str | int | float | None):
+        message += f", found {first['input']!r}"
     return f"{where}: {message}" if where else message
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model: type[BaseModel] = Recipe
+def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     for part in location[:-1]:
         model = {"steps": Step, "scheme": SchemeModel, "input": InputModel, "overrides": Override}.get(part, model)
     return list(model.model_fields)

@@ -1,15 +1,16 @@
 """Running one block over the calibration batches in stages, each linear once.
 
 Linears that see the same input form a stage. A stage's inputs are observed with everything before it already
-compressed; then its own weights become final, and their outputs are remembered for the stages that follow. So
-the sequential protocol costs one forward pass of the linears and two of the attention.
+compressed; then its own weights become final. What is final is not run again: the outputs of finished
+submodules are remembered, and a submodule that ends with a linear (attention, MLP) is finished by that linear
+alone, on the input that was observed. So the sequential protocol costs one forward pass.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from trifold.compress.capture import Call
 from trifold.core.method import Statistics
 from trifold.core.observe import Enough, Memory, observe, remembered, watch
 
-MEMORY_SHARE = 0.25  # of the memory free at the start of a block may hold remembered outputs
+MEMORY_SHARE = 0.25  # of the memory free at the start of a block may hold remembered tensors
 
 
 class BlockRunner:
-    """One block, its calls and the hidden states that enter it: (batch, seq, hidden) per batch."""
+    """One block, its calls and the hidden states that enter it: (batch, seq, hidden) per batch.
+
+    stages: names of linears that share an input, in order of execution; the first leads.
+    """
 
     def __init__(
         self,
@@ -36,28 +40,51 @@ class BlockRunner:
         self.block, self.linears, self.calls, self.hidden = block, dict(linears), calls, hidden
         self._final: set[str] = set()
         self._outputs = [Memory() for _ in hidden]
-        self._memory = _free_memory() * MEMORY_SHARE if memory is None else memory
+        self._inputs = [Memory() for _ in hidden]
+        self._budget = _free_memory() * MEMORY_SHARE if memory is None else memory
         self._held = 0
-        self._repeated = False
-        self.stages = self._find_stages()
+        self._repeated = False  # a linear runs several times a forward: then nothing is remembered
+        self._endings: dict[str, tuple[str, Any]] = {}
+        self.stages = self._probe()
 
     @torch.no_grad()
-    def _find_stages(self) -> list[list[str]]:
-        seen: dict[tuple[Any, ...], list[str]] = {}
-        kept: list[torch.Tensor] = []  # alive, so that no address is used twice
+    def _probe(self) -> list[list[str]]:
+        """One forward that finds the stages, and which submodules end with which linear."""
+        stages: dict[tuple[Any, ...], list[str]] = {}
+        alive: list[torch.Tensor] = []  # so that no address is used twice
+        produced: dict[tuple[int, int], str] = {}
 
         def see(name: str, x: torch.Tensor) -> None:
-            key = (x.data_ptr(), x.shape, x.stride(), x._version)
-            if any(name in names for names in seen.values()):
+            if any(name in names for names in stages.values()):
                 self._repeated = True
                 return
-            kept.append(x)
-            seen.setdefault(key, []).append(name)
+            alive.append(x)
+            stages.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), []).append(name)
 
-        with watch(self.linears, see):
-            self.calls[0].run(self.block, self.hidden[0])
-        unseen = [[name] for name in self.linears if not any(name in names for names in seen.values())]
-        return [*seen.values(), *unseen]
+        def returned(name: str) -> Any:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                first, *rest = output if isinstance(output, tuple) and output else (output,)
+                if not isinstance(first, torch.Tensor) or any(value is not None for value in rest):
+                    return
+                alive.append(first)
+                key = (first.data_ptr(), first._version)
+                if name in self.linears:
+                    produced[key] = name
+                elif produced.get(key, "").startswith(name + "."):
+                    self._endings[name] = produced[key], output
+
+            return hook
+
+        with ExitStack() as stack:
+            for name, module in self.block.named_modules():
+                if name in self.linears or any(n.startswith(name + ".") for n in self.linears if name):
+                    stack.callback(module.register_forward_hook(returned(name)).remove)
+            with watch(self.linears, see):
+                self.calls[0].run(self.block, self.hidden[0])
+        structure = {name: (linear, _like(output)) for name, (linear, output) in self._endings.items()}
+        self._endings = structure
+        unseen = [[name] for name in self.linears if not any(name in names for names in stages.values())]
+        return [*stages.values(), *unseen]
 
     def _settled(self) -> dict[str, nn.Module]:
         """The outermost submodules whose linears are all final, and final linears outside of them."""
@@ -76,22 +103,40 @@ class BlockRunner:
         if self._repeated:
             yield
             return
-        outputs, settled = self._outputs[batch], self._settled()
+        outputs, inputs, settled = self._outputs[batch], self._inputs[batch], self._settled()
+        for name in settled:
+            linear, build = self._endings.get(name, ("", None))
+            if name not in outputs and linear in inputs:
+                outputs.keep(name, build(self.linears[linear](inputs[linear])))
         known = {name: self.block.get_submodule(name) for name in outputs}
-        with remembered({**settled, **known}, outputs, lambda _name: self._held < self._memory):
+        with remembered({**settled, **known}, outputs, self._worth_keeping):
             yield
         for name in outputs:
             if any(name.startswith(outer + ".") for outer in outputs):
                 outputs.forget(name)  # an outer module has run since and stands for it
-        self._held = sum(memory.nbytes for memory in self._outputs)
+        for name in inputs:
+            if any(name.startswith(outer + ".") for outer in outputs):
+                inputs.forget(name)
+        self._held = sum(memory.nbytes for memory in (*self._outputs, *self._inputs))
+
+    def _worth_keeping(self, name: str) -> bool:
+        ended = any(name.startswith(outer + ".") for outer in self._endings)  # its ending will stand for it
+        return not ended and self._held < self._budget
 
     @torch.no_grad()
     def observe(self, statistics: Mapping[str, Statistics]) -> None:
         """Feed the inputs of these linears, over all batches, to their statistics; run no further."""
         modules = {name: self.linears[name] for name in statistics}
+        ends = {linear for linear, _ in self._endings.values()}
+        alone = len(statistics) == 1
         for batch, (call, hidden) in enumerate(zip(self.calls, self.hidden, strict=True)):
-            stop = not self._repeated
-            with self._shortcuts(batch), suppress(Enough), observe(modules, statistics, stop_after=stop):
+
+            def keep(name: str, x: torch.Tensor, batch: int = batch) -> None:
+                if alone and name in ends and self._held < self._budget:
+                    self._inputs[batch].keep(name, x)
+
+            watching = observe(modules, statistics, stop_after=not self._repeated)
+            with self._shortcuts(batch), suppress(Enough), watch(modules, keep), watching:
                 call.run(self.block, hidden)
 
     def finish(self, names: Iterable[str]) -> None:
@@ -105,7 +150,7 @@ class BlockRunner:
         for batch, (call, hidden) in enumerate(zip(self.calls, self.hidden, strict=True)):
             with self._shortcuts(batch):
                 results.append(call.run(self.block, hidden))
-            self._outputs[batch] = Memory()
+            self._outputs[batch], self._inputs[batch] = Memory(), Memory()
         return results
 
     @torch.no_grad()
@@ -126,6 +171,14 @@ class BlockRunner:
         finally:
             handle.remove()
         return found
+
+
+def _like(output: Any) -> Any:
+    """A function that puts a tensor where `output` has its own."""
+    if isinstance(output, tuple):
+        rest = output[1:]
+        return lambda tensor: (tensor, *rest)
+    return lambda tensor: tensor
 
 
 def _free_memory() -> int:

@@ -9,10 +9,12 @@ import contextlib
 import copy
 import json
 import os
+import re
 import shutil
+import textwrap
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,13 @@ from trifold.core.errors import CheckpointError, InputError
 from trifold.core.topology import find_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED_FLOATS = ("F64", "F32", "BF16", "F16")
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
+
+
+def reason(error: BaseException) -> str:
+    """What a foreign error says, on one line."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 def model_folder(model: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -32,19 +40,20 @@ def model_folder(model: str | os.PathLike[str], revision: str | None = None) -> 
 
     Raises CheckpointError if there is no such folder and the hub has no such model or cannot be reached.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
     name = os.fspath(model)
-    if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise CheckpointError(f"{name}: no such model folder (a hub id looks like 'organisation/name')")
-    from huggingface_hub import snapshot_download
+    path = Path(os.path.expanduser(name))
+    if name and os.path.isdir(path):
+        return path
+    if os.path.exists(path) or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise CheckpointError(f"{name!r}: no such model folder (a hub id looks like 'organisation/name')")
+    from huggingface_hub import constants, snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{name}: no such folder, and the hub does not give it ({reason})") from error
+        offline = "it is not in the cache, and HF_HUB_OFFLINE is set"
+        why = offline if constants.HF_HUB_OFFLINE else reason(error)
+        raise CheckpointError(f"{name}: no such folder, and the hub does not give it ({why})") from error
 
 
 def shard_files(folder: Path) -> dict[str, Path]:
@@ -52,32 +61,42 @@ def shard_files(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not a valid index ({error}); copy the model again") from error
+            names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not a valid index ({reason(error)}); copy the model again") from error
     elif (folder / "model.safetensors").exists():
         names = ["model.safetensors"]
     else:
         raise CheckpointError(f"{folder}: no model.safetensors; convert the model to safetensors first")
     files: dict[str, Path] = {}
     for name in names:
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: named in the index but missing; copy the model again")
         try:
             with safe_open(folder / name, framework="pt") as handle:
                 files.update(dict.fromkeys(handle.keys(), folder / name))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{folder / name}: truncated or not safetensors ({error}); copy the model again"
+                f"{folder / name}: truncated or not safetensors ({reason(error)}); copy the model again"
             ) from error
     return files
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name. Raises InputError if this machine has none."""
+    try:
+        return torch.empty(1, device=name).device
+    except Exception as error:  # each backend has its own
+        raise InputError(
+            f"--device {name}: cannot be used here ({reason(error)}); give another, such as cpu"
+        ) from error
 
 
 class Source(ABC):
     """A causal language model that can be walked block by block.
 
     model: the whole module tree; parameters of closed blocks may be on the meta device. blocks: path of the
-    ModuleList. dtype: what weights are loaded, computed and stored in.
+    ModuleList. dtype: what weights are loaded, computed and stored in. notices: what the user should know.
     """
 
     model: Any
@@ -86,6 +105,7 @@ class Source(ABC):
     device: torch.device
     name: str
     tokenizer: Any = None
+    notices: tuple[str, ...] = ()
 
     @property
     def config(self) -> Any:
@@ -135,44 +155,37 @@ class FolderSource(Source):
         trust_remote_code: bool = False,
         device: str = "cpu",
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.folder, self.name, self.device = folder, name, torch.device(device)
-        if not (folder / "config.json").exists():
-            raise CheckpointError(f"{folder}: no config.json, so this is not a model folder")
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except (ValueError, OSError, KeyError) as error:
-            raise CheckpointError(f"{folder}/config.json: {str(error).strip().splitlines()[0]}") from error
-        if getattr(config, "quantization_config", None) is not None:
-            method = config.quantization_config.get("quant_method", "?")
-            raise InputError(f"{name}: already quantised ({method}); give the dense model it was made from")
-        architectures = config.architectures or []
-        if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
-            raise InputError(f"{name}: {config.model_type} is not a causal language model; give a decoder")
-        if architectures and not any(a.endswith(("CausalLM", "LMHeadModel")) for a in architectures):
-            raise InputError(f"{name}: {architectures[0]} is not a causal language model; give a decoder")
+        self.folder, self.name, self.device = folder, name, usable_device(device)
+        config = _causal_config(folder, name, trust_remote_code)
         self.files = shard_files(folder)
         self.dtype = DTYPES[dtype] if dtype != "auto" else self._stored_dtype(config)
         config.dtype = self.dtype
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
+        try:
+            with torch.device("meta"):
+                self.model = AutoModelForCausalLM.from_config(
+                    config, dtype=self.dtype, trust_remote_code=trust_remote_code
+                )
+        except Exception as error:  # whatever a value in config.json breaks
+            raise CheckpointError(f"{folder}/config.json: no model can be built from it ({reason(error)})") from error
         self.model.eval()
         self.blocks = find_blocks(self.model)
-        with contextlib.suppress(OSError, ValueError, ImportError):
+        with contextlib.suppress(Exception):  # a tokenizer may fail in any way, and is not always needed
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        self._targets = self._key_targets()
-        missing = self._missing()
-        if missing:
-            raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, e.g. {missing[0]}; copy it again")
+        targets, converted = self._key_targets()
+        known = self.model.state_dict()
+        self._targets = {key: target for key, target in targets.items() if target in known}
+        self.notices = _unused(self.model, name, targets.keys() - self._targets.keys())
+        self._check_headers(known, converted)
 
     def _stored_dtype(self, config: Any) -> torch.dtype:
         if config.dtype is not None:
-            return config.dtype
+            return config.dtype if config.dtype in DTYPES.values() else torch.float32
         with safe_open(next(iter(self.files.values())), framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 dtype = handle.get_tensor(key).dtype
-                if dtype.is_floating_point:
+                if dtype in DTYPES.values():
                     return dtype
         return torch.float32
 
@@ -181,8 +194,8 @@ class FolderSource(Source):
 
         return get_model_conversion_mapping(self.model)
 
-    def _key_targets(self) -> dict[str, str]:
-        """Checkpoint key -> parameter name, by transformers' own renaming rules."""
+    def _key_targets(self) -> tuple[dict[str, str], set[str]]:
+        """Checkpoint key -> parameter name, by transformers' own rules; and the keys whose shape they change."""
         from transformers.core_model_loading import (
             WeightConverter,
             WeightRenaming,
@@ -194,30 +207,52 @@ class FolderSource(Source):
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         meta, prefix = self.model.state_dict(), self.model.base_model_prefix
-        targets = {}
+        targets, converted = {}, set()
         for key in sorted(self.files, key=dot_natural_key):
-            name, _ = rename_source_key(key, renamings, converters, prefix, meta)
+            name, converter = rename_source_key(key, renamings, converters, prefix, meta)
             if name not in meta and key in meta:
-                name, _ = rename_source_key(key, [], [], prefix, meta)
+                name, converter = rename_source_key(key, [], [], prefix, meta)
             targets[key] = name
-        return targets
+            if converter is not None:
+                converted.add(key)
+        return targets, converted
 
-    def _missing(self) -> list[str]:
+    def _check_headers(self, known: Mapping[str, torch.Tensor], converted: set[str]) -> None:
+        """No tensor is missing, of another shape than config.json says, or quantised already."""
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
-        present = set(self._targets.values())
-        return [name for name in self.model.state_dict() if name not in present and name not in tied]
+        missing = [name for name in known if name not in tied and name not in set(self._targets.values())]
+        if missing:
+            count = f"{len(missing)} tensor" + "s" * (len(missing) > 1)
+            raise CheckpointError(f"{self.folder}: {count} missing, e.g. {missing[0]}; copy the model again")
+        for file, keys in self._keys_by_file(self._targets):
+            with safe_open(file, framework="pt") as handle:
+                for key in keys:
+                    part, wanted = handle.get_slice(key), known[self._targets[key]]
+                    if wanted.is_floating_point() and part.get_dtype() not in _STORED_FLOATS:
+                        raise InputError(
+                            f"{file}: {key} is stored as {part.get_dtype()}, so the model is already quantised; "
+                            "give the dense model it was made from"
+                        )
+                    if key not in converted and list(part.get_shape()) != list(wanted.shape):
+                        raise CheckpointError(
+                            f"{file}: {key} has shape {part.get_shape()}, config.json makes it {list(wanted.shape)}; "
+                            "copy the model again"
+                        )
+
+    def _keys_by_file(self, keys: Iterable[str]) -> list[tuple[Path, list[str]]]:
+        by_file: dict[Path, list[str]] = defaultdict(list)
+        for key in keys:
+            by_file[self.files[key]].append(key)
+        return list(by_file.items())
 
     def _load(self, keep: Any) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        by_file: dict[Path, list[str]] = defaultdict(list)
-        for key, target in self._targets.items():
-            if keep(target):
-                by_file[self.files[key]].append(key)
+        chosen = [key for key, target in self._targets.items() if keep(target)]
         with contextlib.ExitStack() as stack, _no_progress_bars():
             slices = {}
-            for file, keys in by_file.items():
+            for file, keys in self._keys_by_file(chosen):
                 handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
                 slices.update({key: handle.get_slice(key) for key in keys})
             info, _ = convert_and_load_state_dict_in_model(
@@ -233,7 +268,7 @@ class FolderSource(Source):
             )
         bad = info.conversion_errors or info.mismatched_keys or info.unexpected_keys
         if bad:
-            raise CheckpointError(f"{self.folder}: tensors do not fit the architecture: {bad}")
+            raise CheckpointError(f"{self.folder}: tensors do not fit the architecture: {sorted(map(str, bad))[0]}")
 
     def open_outside(self) -> None:
         materialise_buffers(self.model, self.device)
@@ -258,11 +293,12 @@ class FolderSource(Source):
                     module._buffers[name] = buffer.to("meta")
 
     def check_finite(self) -> None:
-        for key, file in self.files.items():
+        for file, keys in self._keys_by_file(self._targets):
             with safe_open(file, framework="pt") as handle:
-                tensor = handle.get_tensor(key)
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{file}: {key} holds NaN or infinity; repair the model first")
+                for key in keys:
+                    tensor = handle.get_tensor(key)
+                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                        raise CheckpointError(f"{file}: {key} holds NaN or infinity; repair the model first")
 
     def fingerprint(self) -> dict[str, Any]:
         files = sorted(set(self.files.values()))
@@ -278,6 +314,39 @@ class FolderSource(Source):
 
     def config_dict(self) -> dict[str, Any]:
         return json.loads((self.folder / "config.json").read_text())
+
+
+def _causal_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    """The config of a dense causal language model. Raises CheckpointError or InputError for anything else."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: no config.json, so this is not a model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # validators of every kind
+        if "custom code" in str(error):
+            raise CheckpointError(f"{name}: the model brings its own code; --trust-remote-code runs it") from error
+        raise CheckpointError(f"{folder}/config.json: {reason(error)}") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method", "method unknown")
+        raise InputError(f"{name}: already quantised ({method}); give the dense model it was made from")
+    architectures = config.architectures or []
+    if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
+        raise InputError(f"{name}: {config.model_type} is not a causal language model; give a decoder")
+    if architectures and not any(a.endswith(("CausalLM", "LMHeadModel")) for a in architectures):
+        raise InputError(f"{name}: {architectures[0]} is not a causal language model; give a decoder")
+    return config
+
+
+def _unused(model: Any, name: str, keys: Iterable[str]) -> tuple[str, ...]:
+    """A notice of stored tensors that the architecture has no place for, as older checkpoints have some."""
+    known = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    odd = sorted(key for key in keys if not any(re.search(pattern, key) for pattern in known))
+    if not odd:
+        return ()
+    return (f"{name}: {len(odd)} stored tensors have no place in the architecture and are left out, e.g. {odd[0]}",)
 
 
 class LiveSource(Source):

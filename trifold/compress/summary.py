@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from trifold.compress.checkpoint import QUANT_METHOD
+from trifold.compress.checkpoint import QUANT_METHOD, check_version
 from trifold.compress.source import shard_files
 from trifold.core.errors import CheckpointError
 from trifold.formats import Spec, bits_per_weight, stored_bytes
@@ -55,23 +55,28 @@ def summarise(folder: Path) -> dict[str, Any]:
     if quantization.get("quant_method") != QUANT_METHOD:
         found = quantization.get("quant_method", "none, the model is dense")
         raise CheckpointError(f"{folder}: not a Trifold checkpoint (quantisation: {found})")
-    modules = quantization["modules"]
+    check_version(quantization.get("format_version"))
     report = folder / "report.json"
-    errors = _read_json(report)["layers"] if report.exists() else {}
-    layers = {
-        name: {
-            "format": spec["format"],
-            "describe": describe(spec),
-            "shape": spec["shape"],
-            "bits_per_weight": bits_per_weight(spec),
-            "bytes": stored_bytes(spec),
-            "error": errors.get(name, {}).get("error"),
-            "error_of": errors.get(name, {}).get("error_of"),
-        }
-        for name, spec in modules.items()
-    }
+    errors = _read_json(report).get("layers", {}) if report.exists() else {}
+    try:
+        modules = quantization["modules"]
+        layers = {name: _layer(spec, errors.get(name, {})) for name, spec in modules.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}/config.json: damaged entry in `modules` ({error!r}); copy it again") from error
     item = _DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
     return {**totals(modules, _others(folder, modules), item), "layers": layers}
+
+
+def _layer(spec: Spec, entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": spec["format"],
+        "describe": describe(spec),
+        "shape": spec["shape"],
+        "bits_per_weight": bits_per_weight(spec),
+        "bytes": stored_bytes(spec),
+        "error": entry.get("error"),
+        "error_of": entry.get("error_of"),
+    }
 
 
 def describe(spec: Spec) -> str:
@@ -101,6 +106,11 @@ def _others(folder: Path, modules: Mapping[str, Spec]) -> dict[str, tuple[int, i
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); copy the checkpoint again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds no JSON object; copy the checkpoint again")
+    return found

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from trifold.compress.block import Compressed
-from trifold.compress.source import DTYPES, model_folder, shard_files
+from trifold.compress.source import DTYPES, model_folder, reason, shard_files
 from trifold.core.errors import CheckpointError
 
 
@@ -31,16 +32,24 @@ def load(
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: no config.json, so this is not a model folder")
     wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    kwargs.setdefault("trust_remote_code", False)  # None asks on the terminal
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, device_map=device_map, output_loading_info=True, **kwargs
+            folder,
+            dtype=wanted,
+            device_map=device_map,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **kwargs,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: {reason(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
-            count, example = len(info[problem]), sorted(map(str, info[problem]))[0]
-            raise CheckpointError(f"{folder}: {count} {problem.replace('_', ' ')}, e.g. {example}")
+            kind, example = problem.removesuffix("_keys"), sorted(map(str, info[problem]))[0]
+            raise CheckpointError(
+                f"{folder}: {len(info[problem])} {kind} tensor(s), e.g. {example}; copy the model again"
+            )
     return loaded.eval()
 
 
@@ -50,9 +59,9 @@ def load_tokenizer(model: str | os.PathLike[str], **kwargs: Any) -> Any:
 
     folder = model_folder(model)
     try:
-        return AutoTokenizer.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no tokenizer ({str(error).strip().splitlines()[0]})") from error
+        return AutoTokenizer.from_pretrained(folder, **{"trust_remote_code": False, **kwargs})
+    except Exception as error:  # the tokenizers library raises that
+        raise CheckpointError(f"{folder}: no tokenizer that can be read ({reason(error)})") from error
 
 
 def read_compressed(folder: Path) -> Compressed:

@@ -11,7 +11,7 @@ from torch import nn
 from trifold.compress.block import Compressed
 from trifold.core.errors import CheckpointError
 from trifold.core.linears import is_linear, is_transposed
-from trifold.formats import Spec
+from trifold.formats import FORMATS, Spec
 from trifold.kernels import PackedLinear
 
 
@@ -31,12 +31,22 @@ def replace_modules(model: nn.Module, modules: Mapping[str, Spec]) -> None:
 def _packed(name: str, dense: nn.Module, spec: Spec) -> PackedLinear:
     if not is_linear(dense):
         raise CheckpointError(f"config.json: {name} is a {type(dense).__name__}, not a linear layer")
+    if not isinstance(spec, dict) or not {"format", "shape"} <= spec.keys():
+        raise CheckpointError(f"config.json: the entry of {name} names no format or no shape; copy the checkpoint again")
+    if spec["format"] not in FORMATS:
+        raise CheckpointError(
+            f"config.json: {name} is stored as {spec['format']!r}, which this Trifold does not read; "
+            "pip install --upgrade trifold"
+        )
     weight, bias = dense.get_parameter("weight"), getattr(dense, "bias", None)
     shape = list(reversed(weight.shape)) if is_transposed(dense) else list(weight.shape)
     if shape != list(spec["shape"]):
         raise CheckpointError(f"config.json: {name} has shape {shape}, its entry says {spec['shape']}")
-    with torch.device(weight.device):
-        packed = PackedLinear(spec, bias is not None, weight.dtype if bias is None else bias.dtype)
+    try:
+        with torch.device(weight.device):
+            packed = PackedLinear(spec, bias is not None, weight.dtype if bias is None else bias.dtype)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"config.json: the entry of {name} is damaged ({error!r}); copy it again") from error
     return packed.train(dense.training)
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from trifold.compress.checkpoint import FORMAT_VERSION, QUANT_METHOD
+from trifold.compress.checkpoint import FORMAT_VERSION, QUANT_METHOD, check_version
 from trifold.compress.integration.modules import replace_modules
 from trifold.core.errors import CheckpointError
 from trifold.kernels import PackedLinear
@@ -23,14 +23,11 @@ class TrifoldConfig(QuantizationConfigMixin):
     def __init__(self, modules: dict[str, Any] | None = None, format_version: str = FORMAT_VERSION, **rest: Any):
         self.quant_method = QUANT_METHOD
         self.format_version = format_version
-        self.modules = modules or {}
+        self.modules = {} if modules is None else modules
         self.rest = {k: v for k, v in rest.items() if k != "quant_method"}
-        if int(format_version.split(".")[0]) > int(FORMAT_VERSION.split(".")[0]):
-            needed = format_version.split(".")[0]
-            raise CheckpointError(
-                f"checkpoint format {format_version} is newer than this Trifold reads ({FORMAT_VERSION}); "
-                f"install a version that reads format {needed}: pip install --upgrade trifold"
-            )
+        check_version(format_version)
+        if not isinstance(self.modules, dict):
+            raise CheckpointError("config.json: `modules` is not a mapping of layers; copy the checkpoint again")
 
     def to_dict(self) -> dict[str, Any]:
         return {
