@@ -78,8 +78,9 @@ def evaluate(
 
     if tokenizer is None and isinstance(model, str | os.PathLike):
         tokenizer = load_tokenizer(model)
-    model, baseline = (load(m, dtype=dtype) if isinstance(m, str | os.PathLike) else m for m in (model, baseline))
+    model = load(model, dtype=dtype) if isinstance(model, str | os.PathLike) else model
     windows = text_windows(text, tokenizer, model.config, max_windows, seqlen, stride, option="--text")
+    baseline = load(baseline, dtype=dtype) if isinstance(baseline, str | os.PathLike) else baseline
     return score(model, windows, baseline, speed=speed, batch_size=batch_size)
 
 

@@ -45,7 +45,7 @@ def error(change, ctx, x):
     scale = change.divided.get("a", torch.ones(x.shape[1]))
     weight = change.weights.get("a", ctx.weights["a"])
     bounds = {"a": change.bounds["a"]} if "a" in change.bounds else {}
-    rounded = RTN("minmax").solve(LayerProblem({"a": weight}, {"a": SCHEME}, None, bounds)).canonical["a"]
+    rounded = RTN("minmax").solve(LayerProblem({"a": weight}, {"a": SCHEME}, None, None, bounds)).canonical["a"]
     return relative_error(ctx.weights["a"], rounded.dequantize() / scale, (x.T @ x).double())
 
 
@@ -123,7 +123,7 @@ def test_clip_search_is_never_worse_than_no_clipping(scheme):
     plain = RTN("minmax").solve(LayerProblem({"a": weight}, {"a": scheme})).canonical["a"]
     clipped = (
         RTN()
-        .solve(LayerProblem({"a": weight}, {"a": scheme}, None, {"a": clip_search(weight, scheme, gram)}))
+        .solve(LayerProblem({"a": weight}, {"a": scheme}, None, None, {"a": clip_search(weight, scheme, gram)}))
         .canonical["a"]
     )
     width = scheme.group_width(128)

@@ -130,7 +130,7 @@ def test_one_row_and_one_column_group():
 def test_given_bounds_are_used():
     p = problem()
     bounds = fit_ranges(p.weights["a"] * 0.5, p.schemes["a"])
-    solved = GPTQ(refine=0).solve(LayerProblem(p.weights, p.schemes, p.gram, {"a": bounds}))
+    solved = GPTQ(refine=0).solve(LayerProblem(p.weights, p.schemes, p.gram, None, {"a": bounds}))
     assert torch.equal(solved.canonical["a"].scale.float(), bounds[0])
 
 

@@ -91,9 +91,10 @@ def _plan_entry(plan: Any) -> dict[str, Any]:
 
 
 def _plan_table(layers: dict[str, dict[str, Any]]) -> Any:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("layer", "shape", "method", "bits", "group", "input", title="plan", title_justify="left")
+    columns = (Column("layer", overflow="fold"), "shape", "method", "bits", "group", "input")
+    table = Table(*columns, title="plan", title_justify="left")
     for name, entry in layers.items():
         inputs = entry["input"]
         table.add_row(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from trifold.cli.output import emit, facts, json_option, size, with_verbosity
+from trifold.cli.output import calm, emit, facts, json_option, size, with_verbosity
 
 
 @click.command("eval")
@@ -41,6 +41,7 @@ def evaluate(
     """Score MODEL: perplexity on a text, distance to a baseline, speed, memory."""
     from trifold.api import evaluate as score
 
+    calm(quiet)
     report = score(
         model,
         text,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import click
 
+from trifold.cli.output import calm
+from trifold.core.errors import InputError
+
 
 @click.command()
 @click.argument("checkpoint")
 @click.option("--prompt", required=True, help="Text to continue.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default=None, help="Where to run.  [default: as transformers chooses]")
 def generate(
@@ -19,11 +22,17 @@ def generate(
     import torch
 
     from trifold.api import load, load_tokenizer
+    from trifold.compress.source import usable_device
 
+    calm(quiet=False)
+    device_map = None if device is None else {"": usable_device(device)}
     tokenizer = load_tokenizer(checkpoint)
-    model = load(checkpoint, device_map=device)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise InputError(f"--prompt {prompt!r}: no tokens; give some text to continue")
+    model = load(checkpoint, device_map=device_map)
+    inputs = inputs.to(model.device)
     torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
+from rich.table import Column, Table
 
 from trifold.cli.output import emit, json_option, size
 
@@ -28,7 +28,8 @@ def _table(checkpoint: Path, summary: dict[str, Any]) -> Table:
         f"{summary['model_bits_per_weight']:.3f} over the whole model; "
         f"{size(summary['total_bytes'])} (dense: {size(summary['dense_bytes'])})"
     )
-    table = Table("layer", "format", "shape", "bits/weight", "bytes", "error", title=title, title_justify="left")
+    columns = (Column("layer", overflow="fold"), "format", "shape", "bits/weight", "bytes", "error")
+    table = Table(*columns, title=title, title_justify="left")
     for name, layer in summary["layers"].items():
         table.add_row(
             name,

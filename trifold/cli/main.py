@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from trifold.cli.eval import evaluate
 from trifold.cli.generate import generate
 from trifold.cli.inspect import inspect
 from trifold.cli.recipes import recipes
-from trifold.core.errors import TrifoldError
+from trifold.core.errors import InputError, ResourceError, TrifoldError
 from trifold.core.version import VERSION
 
 INTERRUPTED = 130
@@ -35,20 +36,27 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 wrong input, 3 failed proof, 4 environment, 130 Ctrl-C."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.captureWarnings(True)
-    sys.exit(_run(cli.main, arguments))
+    sys.exit(_run(cli.main, sys.argv[1:] if arguments is None else arguments))
 
 
-def _run(entry: Callable[..., Any], arguments: list[str] | None) -> int:
+def _run(entry: Callable[..., Any], arguments: list[str]) -> int:
     try:
-        entry(args=arguments, standalone_mode=False)
-    except click.ClickException as error:
+        entry(args=arguments, prog_name="trifold", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
-        return error.exit_code
+        return InputError.exit_code
+    except click.ClickException as error:
+        return _fail(InputError(f"{error.format_message()} (see trifold --help)"))
     except (click.Abort, KeyboardInterrupt):
-        again = " ".join(["trifold", *(sys.argv[1:] if arguments is None else arguments)])
-        click.echo(f"\ninterrupted; to go on, repeat: {again}", err=True)
+        click.echo(f"\ninterrupted; to go on, repeat: {shlex.join(['trifold', *arguments])}", err=True)
         return INTERRUPTED
     except TrifoldError as error:
-        click.echo(f"error: {error}", err=True)
-        return error.exit_code
+        return _fail(error)
+    except OSError as error:
+        return _fail(ResourceError(f"{error.filename or 'system'}: {error.strerror or error}"))
     return 0
+
+
+def _fail(error: TrifoldError) -> int:
+    click.echo(f"error: {' '.join(str(error).split())}", err=True)
+    return error.exit_code

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,27 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from trifold.core.errors import InputError
+
+PLAIN_WIDTH = 200  # of tables that go to a file or a pipe
+
+
+def _writable(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    """Refuse before any work what could not be written after it."""
+    if value and value != "-":
+        path = Path(value)
+        parent = path.absolute().parent
+        if path.is_dir() or not parent.is_dir() or not os.access(path if path.exists() else parent, os.W_OK):
+            raise InputError(f"--json {value}: cannot be written; give a file in an existing folder, or '-'")
+    return value
+
+
 json_option = click.option(
-    "--json", "json_to", metavar="FILE|-", help="Write the result as JSON to a file, or to stdout with '-'."
+    "--json",
+    "json_to",
+    metavar="FILE|-",
+    callback=_writable,
+    help="Write the result as JSON to a file, or to stdout with '-'.",
 )
 verbosity_options = [
     click.option("-v", "--verbose", is_flag=True, help="One line per layer."),
@@ -31,6 +52,14 @@ def level(verbose: bool, quiet: bool) -> int:
     return -1 if quiet else int(verbose)
 
 
+def calm(quiet: bool) -> None:
+    """No progress bars of transformers where nobody looks at them."""
+    if quiet or not sys.stderr.isatty():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+
+
 def emit(data: dict[str, Any], json_to: str | None, table: Table | None) -> None:
     """Print the table, and write the JSON where it is wanted; '-' replaces the table."""
     if json_to:
@@ -38,12 +67,10 @@ def emit(data: dict[str, Any], json_to: str | None, table: Table | None) -> None
         if json_to == "-":
             click.echo(text, nl=False)
             return
-        try:
-            Path(json_to).write_text(text)
-        except OSError as error:
-            raise click.ClickException(f"{json_to}: {error.strerror}") from error
+        Path(json_to).write_text(text)
     if table is not None:
-        Console(highlight=False).print(table)
+        width = None if sys.stdout.isatty() else PLAIN_WIDTH
+        Console(highlight=False, markup=False, width=width).print(table)
 
 
 def size(count: float) -> str:

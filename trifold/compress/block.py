@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from trifold.core.linears import set_weight, weight_of
 from trifold.core.method import BlockContext, Bounds, LayerProblem, LayerSolution, Rewrite, Statistics
 from trifold.core.obs import relative_error
 from trifold.core.scheme import fake_quantize_per_token
-from trifold.core.statistics import Gram, Statistic
+from trifold.core.statistics import Drift, Gram, Statistic
 from trifold.core.topology import Topology
 from trifold.formats import FORMATS, Spec, bits_per_weight, digest, format_for
 
@@ -66,6 +67,7 @@ class BlockCompressor:
         observed: bool,
         layer_done: LayerDone,
     ) -> None:
+        self.dense: BlockRunner | None = None
         self.module, self.prefix, self.plan, self.runner = module, prefix, plan, runner
         self.observed, self.layer_done = observed, layer_done
         self.weights = {name: weight_of(m).float().clone() for name, m in runner.linears.items()}
@@ -105,7 +107,7 @@ class BlockCompressor:
             leader: Statistics(unique, self.weights[leader].shape[1], self.weights[leader].device) for leader in leaders
         }
         if statistics:
-            self.runner.observe(statistics)
+            self.runner.observe(statistics, self.dense if Drift in unique else None)
         return statistics
 
     def _parameters(self) -> dict[str, torch.Tensor]:
@@ -143,6 +145,13 @@ class BlockCompressor:
         for name, event in change.events.items():
             self.events.setdefault(name, {}).update(event)
 
+    def follow_dense(self, hidden: Sequence[torch.Tensor]) -> BlockRunner:
+        """Keep the block as it is now beside the one that is being compressed, on the dense hidden states."""
+        dense = copy.deepcopy(self.module)
+        linears = {name: dense.get_submodule(name) for name in self.runner.linears}
+        self.dense = BlockRunner(dense, linears, self.runner.calls, hidden)
+        return self.dense
+
     # -- layer methods ---------------------------------------------------------------------------------
 
     def solve(self, true_sequential: bool) -> Compressed:
@@ -151,24 +160,30 @@ class BlockCompressor:
             self.grams = {k: s.gram for k, s in self._gather(list(self.weights), (Gram,)).items()}
         for stage in self.runner.stages:
             started = time.perf_counter()
-            gram = self._gram(stage, true_sequential)
-            solutions = self._solve_stage(stage, gram)
+            gram, drift = self._statistics(stage, true_sequential)
+            solutions = self._solve_stage(stage, gram, drift)
             seconds = (time.perf_counter() - started) / len(stage)
             for name in stage:
                 self._settle(name, solutions[name], gram, seconds)
-            self.runner.finish(stage)
+            for runner in filter(None, (self.runner, self.dense)):
+                runner.finish(stage)
         return self.done
 
-    def _gram(self, stage: Sequence[str], true_sequential: bool) -> torch.Tensor | None:
-        """The stage's Gram: as the compressed prefix gives it if a method needs it so, else from an earlier pass."""
+    def _statistics(
+        self, stage: Sequence[str], true_sequential: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gram and drift of the stage's input: from an earlier pass where no method needs newer ones."""
         if not self.observed:
-            return None
-        needed = any(self.layer_plan(name).method.needs for name in stage)
-        if stage[0] in self.grams and not (needed and true_sequential):
-            return self.grams[stage[0]]
-        return self._gather(stage, (Gram,))[stage[0]].gram
+            return None, None
+        needs = {kind for name in stage for kind in self.layer_plan(name).method.needs}
+        if stage[0] in self.grams and Drift not in needs and not (needs and true_sequential):
+            return self.grams[stage[0]], None
+        gathered = self._gather(stage, (Gram, *sorted(needs, key=lambda kind: kind.__name__)))[stage[0]]
+        return gathered.gram, gathered.drift
 
-    def _solve_stage(self, stage: Sequence[str], gram: torch.Tensor | None) -> dict[str, LayerSolution]:
+    def _solve_stage(
+        self, stage: Sequence[str], gram: torch.Tensor | None, drift: torch.Tensor | None
+    ) -> dict[str, LayerSolution]:
         """Layers of one method are solved together."""
         by_method: dict[Any, list[str]] = {}
         for name in stage:
@@ -179,6 +194,7 @@ class BlockCompressor:
                 {name: self.weights[name] for name in names},
                 {name: self.layer_plan(name).scheme for name in names},
                 gram,
+                drift,
                 {name: self.bounds[name] for name in names if name in self.bounds},
             )
             try:

@@ -100,7 +100,7 @@ def prepare(
         windows = text_windows(calibration, source.tokenizer, source.config, recipe.nsamples, recipe.seqlen)
     config = source.config.get_text_config()
     topology = topology_of(config.model_type, getattr(config, "head_dim", None) or _head_dim(config))
-    for notice in (*plan.notices, *windows.notices):
+    for notice in windows.notices:
         report.notice(notice)
     if plan.rewrites and not topology.folds:
         report.notice(
@@ -146,7 +146,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path, max_shard: i
     for index in range(journal.done, source.block_count):
         result = walk.block(index)
         journal.keep(f"reference-{index:05d}", {"hidden": walk.hidden[0]})
-        journal.write_block(index, result, walk.hidden, walk.carries)
+        journal.write_block(index, result, [*walk.hidden, *walk.dense], walk.carries)
     for index in range(source.block_count):
         _merge(everything, journal.entry(index))
     tail, logits = walk.tail()
@@ -217,11 +217,13 @@ class _Walk:
             capture_calls(source.model, self.blocks, ids.to(source.device)) for ids in job.ids
         ]
         self.hidden = [captured.hidden for captured in self.captured]
+        self.dense = list(self.hidden) if job.plan.follows_dense else []
         self.finished = 0
 
     def resume(self, entries: list[dict[str, Any]], hidden: list[torch.Tensor]) -> None:
         """Take up the states behind the last finished block."""
-        self.carries, self.hidden = entries[-1]["carries"], hidden
+        self.carries, count = entries[-1]["carries"], len(self.hidden)
+        self.hidden, self.dense = hidden[:count], hidden[count:]
 
     def block(self, index: int) -> Compressed:
         """Compress one block and step the hidden states over it."""
@@ -232,8 +234,9 @@ class _Walk:
         runner = BlockRunner(block, targets, [c.calls[index] for c in self.captured], self.hidden)
         compressor = BlockCompressor(block, prefix, job.plan, runner, job.observed, job.report.layer)
         compressor.rewrite(job.topology, self.carries)
+        dense = compressor.follow_dense(self.dense) if self.dense else None
         result = compressor.solve(job.recipe.true_sequential)
-        self.hidden = runner.outputs()
+        self.hidden, self.dense = runner.outputs(), dense.outputs() if dense else []
         result.tensors.update(dense_tensors(block, prefix, result.modules))
         source.close_block(index)
         self.finished += 1
@@ -252,7 +255,9 @@ class _Walk:
         result = Compressed()
         if outside:
             runner = BlockRunner(tail, outside, calls, self.hidden)
-            result = BlockCompressor(tail, "", job.plan, runner, job.observed, job.report.layer).solve(False)
+            compressor = BlockCompressor(tail, "", job.plan, runner, job.observed, job.report.layer)
+            compressor.dense = BlockRunner(tail, outside, calls, self.dense) if self.dense else None
+            result = compressor.solve(False)
         with torch.no_grad():
             logits = calls[0].run(tail, self.hidden[0])
         tied = getattr(source.model, "all_tied_weights_keys", None) or {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -27,11 +27,16 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """layers: full name -> its plan, blocks first. rewrites: block methods in order, with the layers each may touch."""
+    """layers: full name -> its plan, blocks first. rewrites: (step, block method, layers it may touch), in order."""
 
     layers: Mapping[str, LayerPlan]
     rewrites: tuple[tuple[str, BlockMethod, frozenset[str]], ...] = ()
-    notices: tuple[str, ...] = field(default=())
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether a second stream of hidden states, the dense model's, has to be kept."""
+        kinds = {kind for plan in self.layers.values() for kind in plan.method.needs}
+        return any("x_dense" in kind.needs for kind in kinds)
 
 
 def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
@@ -69,7 +74,9 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
                 owner[name], layers[name] = step.name, plan
     ordered = {name: layers[name] for name in (*inside, *others) if name in layers}
     if not ordered:
-        raise RecipeError(f"recipe {recipe.name!r} leaves every layer dense; check `targets` and `ignore`")
+        raise RecipeError(
+            f"recipe {recipe.name!r} leaves every layer dense; add a step that quantises, or check `ignore`"
+        )
     return Plan(ordered, tuple(rewrites))
 
 

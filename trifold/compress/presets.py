@@ -12,8 +12,10 @@ _NAME = re.compile(r"w(?P<weight>\d+)(?:a(?P<input>\d+))?(?:-(?P<method>[a-z][a-
 STEPS: dict[str, list[dict[str, Any]]] = {
     "rtn": [{"method": "rtn"}],
     "gptq": [{"method": "gptq"}],
+    "gptaq": [{"method": "gptaq"}],
     "awq": [{"method": "awq"}, {"method": "rtn"}],
     "awq-gptq": [{"method": "awq"}, {"method": "gptq"}],
+    "awq-gptaq": [{"method": "awq"}, {"method": "gptaq"}],
 }
 """Method part of a preset -> steps; the scheme goes to the last one."""
 

@@ -45,8 +45,8 @@ class Reporter:
         """A layer is solved."""
         line = f"{name}  error {entry['error']:.3e}  {entry['bits_per_weight']:.3f} bits"
         if self._bar is not None:
-            self._bar.update(self._task, description=line)
-        elif self.level >= 1:
+            self._bar.update(self._task, description=name)
+        if self.level >= 1:
             self.notice(line)
         if "damping" in entry:
             self.notice(f"{name}: {_damping(entry['damping'])}")

@@ -138,10 +138,12 @@ class Step(_Strict):
     def _possible(self) -> Step:
         if self.overrides and not self.solves:
             raise ValueError(f"{self.method} takes no overrides; use `targets` and `ignore`")
-        with _placed():
-            for override in self.overrides:
+        for index, override in enumerate(self.overrides):
+            try:
                 self.build(override.options)
                 self.scheme_with(override.scheme)
+            except RecipeError as error:
+                raise ValueError(f"overrides.{index}: {error}") from error
         return self
 
     def build(self, override: Mapping[str, Any] | None = None) -> Method:
@@ -236,7 +238,7 @@ class Recipe(_Strict):
             except yaml.YAMLError:
                 value = text
             _assign(data, key.strip(), value)
-        return self._validated(data, "--set")
+        return self._validated(data, self.name)
 
 
 def build_method(name: str, options: Mapping[str, Any]) -> Method:
@@ -300,15 +302,22 @@ def _explain(error: ValidationError, model: type[BaseModel] | None = None) -> st
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden" and model is not None:
         return f"{unknown_name('key', first['loc'][-1], _known_keys(model, first['loc']))} (in {where})"
-    message = first["msg"].removeprefix("Value error, ").replace("Tuple", "List").replace("tuple", "list")
+    message = re.sub("dictionary( or instance of \\w+)?", "mapping", first["msg"].removeprefix("Value error, "))
+    message = message.replace("Tuple", "List").replace("tuple", "list")
     if first["type"] not in ("value_error", "missing") and isinstance(first["input"], str | int | float | None):
         message += f", found {first['input']!r}"
     return f"{where}: {message}" if where else message
 
 
 def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    parts: dict[Any, type[BaseModel]] = {
+        "steps": Step,
+        "scheme": SchemeModel,
+        "input": InputModel,
+        "overrides": Override,
+    }
     for part in location[:-1]:
-        model = {"steps": Step, "scheme": SchemeModel, "input": InputModel, "overrides": Override}.get(part, model)
+        model = parts.get(part, model)
     return list(model.model_fields)
 
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from trifold.compress.capture import Call
 from trifold.core.method import Statistics
-from trifold.core.observe import Enough, Memory, observe, remembered, watch
+from trifold.core.observe import Enough, Memory, remembered, watch
+from trifold.core.statistics import Observation
 
 MEMORY_SHARE = 0.25  # of the memory free at the start of a block may hold remembered tensors
 
@@ -124,20 +125,38 @@ class BlockRunner:
         return not ended and self._held < self._budget
 
     @torch.no_grad()
-    def observe(self, statistics: Mapping[str, Statistics]) -> None:
-        """Feed the inputs of these linears, over all batches, to their statistics; run no further."""
-        modules = {name: self.linears[name] for name in statistics}
+    def inputs(self, batch: int, names: Sequence[str]) -> dict[str, list[torch.Tensor]]:
+        """What these linears see in one batch, (tokens, in) per call; the rest of the block is not run."""
+        seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         ends = {linear for linear, _ in self._endings.values()}
-        alone = len(statistics) == 1
-        for batch, (call, hidden) in enumerate(zip(self.calls, self.hidden, strict=True)):
 
-            def keep(name: str, x: torch.Tensor, batch: int = batch) -> None:
-                if alone and name in ends and self._held < self._budget:
-                    self._inputs[batch].keep(name, x)
+        def see(name: str, x: torch.Tensor) -> None:
+            seen[name].append(x.reshape(-1, x.shape[-1]))
+            if len(names) == 1 and name in ends and self._held < self._budget:
+                self._inputs[batch].keep(name, x)
+            if all(seen.values()) and not self._repeated:
+                raise Enough
 
-            watching = observe(modules, statistics, stop_after=not self._repeated)
-            with self._shortcuts(batch), suppress(Enough), watch(modules, keep), watching:
-                call.run(self.block, hidden)
+        watching = watch({name: self.linears[name] for name in names}, see)
+        with self._shortcuts(batch), suppress(Enough), watching:
+            self.calls[batch].run(self.block, self.hidden[batch])
+        return seen
+
+    def observe(self, statistics: Mapping[str, Statistics], dense: BlockRunner | None = None) -> None:
+        """Feed the inputs of these linears, over all batches, to their statistics.
+
+        dense: the same block before compression, on the dense model's hidden states, for statistics that
+        compare the two.
+        """
+        names = list(statistics)
+        for batch in range(len(self.hidden)):
+            seen = self.inputs(batch, names)
+            beside = dense.inputs(batch, names) if dense is not None else None
+            for name, accumulators in statistics.items():
+                for call, x in enumerate(seen[name]):
+                    observation = Observation(x, beside[name][call] if beside is not None else None)
+                    for statistic in accumulators:
+                        statistic.update(observation)
 
     def finish(self, names: Iterable[str]) -> None:
         """The weights of these linears will not change any more."""

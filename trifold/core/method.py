@@ -20,7 +20,7 @@ import torch
 from trifold.core.canonical import Canonical
 from trifold.core.registry import Registry
 from trifold.core.scheme import Scheme
-from trifold.core.statistics import AbsMean, Gram, Statistic
+from trifold.core.statistics import AbsMean, Drift, Gram, Statistic
 from trifold.core.topology import Topology
 
 Bounds = tuple[torch.Tensor, torch.Tensor | None]
@@ -50,8 +50,10 @@ class Statistics:
         """(in,) float32."""
         return self._by_kind[AbsMean].value  # type: ignore[attr-defined]
 
-    def has(self, kind: type[Statistic]) -> bool:
-        return kind in self._by_kind and self._by_kind[kind].tokens > 0
+    @property
+    def drift(self) -> torch.Tensor | None:
+        """(in, in) float64, if it was gathered."""
+        return self._by_kind[Drift].matrix if Drift in self._by_kind else None  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,14 @@ class LayerProblem:
     """Linears that share one input.
 
     weights: name -> (out, in) float32. schemes: name -> Scheme, for methods that quantise. gram: (in, in)
-    float64 of their common input, None without calibration. bounds: ranges that an earlier step found.
+    float64 of their common input, None without calibration. drift: sum of (x_dense - x) xᵀ, if the method
+    needs it. bounds: ranges that an earlier step found.
     """
 
     weights: Mapping[str, torch.Tensor]
     schemes: Mapping[str, Scheme]
     gram: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
 
 

@@ -40,20 +40,12 @@ def watch(modules: Mapping[str, nn.Module], see: Callable[[str, torch.Tensor], N
 
 
 @contextmanager
-def observe(
-    modules: Mapping[str, nn.Module], statistics: Mapping[str, Iterable[Statistic]], stop_after: bool = False
-) -> Iterator[None]:
-    """Feed every call's input to the statistics of that name; with `stop_after`, raise `Enough` once all
-    names were seen, so that the rest of the block need not run."""
-    waiting: set[str] = set(statistics)
+def observe(modules: Mapping[str, nn.Module], statistics: Mapping[str, Iterable[Statistic]]) -> Iterator[None]:
+    """Feed every call's input to the statistics of that name."""
 
     def see(name: str, x: torch.Tensor) -> None:
-        observation = Observation(x.reshape(-1, x.shape[-1]))
         for statistic in statistics[name]:
-            statistic.update(observation)
-        waiting.discard(name)
-        if stop_after and not waiting:
-            raise Enough
+            statistic.update(Observation(x.reshape(-1, x.shape[-1])))
 
     with watch({name: modules[name] for name in statistics}, see):
         yield

@@ -82,6 +82,26 @@ class Gram(Statistic):
         return self._upper.triu() + self._upper.triu(1).T
 
 
+class Drift(Statistic):
+    """D = sum over tokens of (x_dense - x) xᵀ, (in, in) float64: how the compressed model's inputs have moved."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"x", "x_dense"})
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(in_features, device)
+        self.matrix = torch.zeros(in_features, in_features, dtype=torch.float64, device=self.device)
+
+    def update(self, observation: Observation) -> None:
+        if observation.x_dense is None:
+            raise ValueError("Drift needs x_dense")
+        x = observation.x.float()
+        self.matrix += (observation.x_dense.float() - x).T @ x
+        self.tokens += x.shape[0]
+
+    def _absorb(self, other: Drift) -> None:
+        self.matrix += other.matrix
+
+
 class AbsMean(Statistic):
     """Mean of |x| of each input feature (AWQ's importance)."""
 

@@ -21,9 +21,11 @@ def load(
 ) -> Any:
     """A causal language model from a folder or hub id, in eval mode; packed weights stay packed.
 
-    Other keywords go to transformers' `from_pretrained`. Raises CheckpointError if the folder cannot be read
-    or a tensor is missing, left over or of the wrong shape.
+    Other keywords go to transformers' `from_pretrained`; code that comes with the model runs only with
+    `trust_remote_code=True`. Raises CheckpointError if the folder cannot be read or a tensor is missing, of the
+    wrong shape or, in one of our checkpoints, left over.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
     import trifold.compress.integration.quantizer  # noqa: F401 - registers our format
@@ -32,24 +34,21 @@ def load(
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: no config.json, so this is not a model folder")
     wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    kwargs.setdefault("trust_remote_code", False)  # None asks on the terminal
+    # Asking on the terminal is no default for a library; mismatches are refused below, by name.
+    settings: dict[str, Any] = {"trust_remote_code": False, "ignore_mismatched_sizes": True, **kwargs}
+    factory: Any = AutoModelForCausalLM
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=wanted,
-            device_map=device_map,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            **kwargs,
+        loaded, info = factory.from_pretrained(
+            folder, dtype=wanted, device_map=device_map, output_loading_info=True, **settings
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise CheckpointError(f"{folder}: {reason(error)}") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(problem):
-            kind, example = problem.removesuffix("_keys"), sorted(map(str, info[problem]))[0]
-            raise CheckpointError(
-                f"{folder}: {len(info[problem])} {kind} tensor(s), e.g. {example}; copy the model again"
-            )
+    ours = getattr(loaded, "hf_quantizer", None) is not None
+    for kind in ("missing", "mismatched", *(["unexpected"] if ours else [])):
+        problems = sorted(info.get(f"{kind}_keys") or (), key=str)
+        if problems:
+            example = " ".join(map(str, problems[0])) if isinstance(problems[0], tuple) else problems[0]
+            raise CheckpointError(f"{folder}: {len(problems)} {kind} tensor(s), e.g. {example}; copy the model again")
     return loaded.eval()
 
 

@@ -32,7 +32,9 @@ def _packed(name: str, dense: nn.Module, spec: Spec) -> PackedLinear:
     if not is_linear(dense):
         raise CheckpointError(f"config.json: {name} is a {type(dense).__name__}, not a linear layer")
     if not isinstance(spec, dict) or not {"format", "shape"} <= spec.keys():
-        raise CheckpointError(f"config.json: the entry of {name} names no format or no shape; copy the checkpoint again")
+        raise CheckpointError(
+            f"config.json: the entry of {name} names no format or no shape; copy the checkpoint again"
+        )
     if spec["format"] not in FORMATS:
         raise CheckpointError(
             f"config.json: {name} is stored as {spec['format']!r}, which this Trifold does not read; "

@@ -21,7 +21,7 @@ class TrifoldConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json, kept as it is. Raises CheckpointError for a newer major format."""
 
     def __init__(self, modules: dict[str, Any] | None = None, format_version: str = FORMAT_VERSION, **rest: Any):
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format_version = format_version
         self.modules = {} if modules is None else modules
         self.rest = {k: v for k, v in rest.items() if k != "quant_method"}
@@ -51,6 +51,7 @@ class TrifoldQuantizer(HfQuantizer):
     """Puts packed modules into the skeleton; the tensors then load by name."""
 
     requires_calibration = True
+    quantization_config: TrifoldConfig
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -72,17 +73,21 @@ class TrifoldQuantizer(HfQuantizer):
 
 def _check_tensors(model: Any, files: Sequence[str]) -> None:
     """transformers only warns of missing tensors and keeps garbage; packed ones have to be there and fit."""
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
-            found.update({key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()})  # noqa: SIM118
+            for key in handle.keys():  # noqa: SIM118 - not a dict
+                part = handle.get_slice(key)
+                found[key] = (tuple(part.get_shape()), part.get_dtype())
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             for leaf, buffer in module.named_buffers():
-                shape = found.get(f"{name}.{leaf}")
+                shape, dtype = found.get(f"{name}.{leaf}", (None, ""))
                 if shape != tuple(buffer.shape):
                     state = "missing" if shape is None else f"of shape {shape}, not {tuple(buffer.shape)}"
                     raise CheckpointError(f"{name}.{leaf} is {state}; copy the checkpoint again")
+                if not buffer.is_floating_point() and not dtype.startswith(("I", "U")):
+                    raise CheckpointError(f"{name}.{leaf} holds packed codes, but as {dtype}; copy the checkpoint again")
 
 
 def packed_bytes(model: torch.nn.Module) -> int:
