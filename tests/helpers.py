@@ -1,11 +1,16 @@
 """Tiny models of several families, with random norm weights so that a wrong fold shows."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from trifold.cli import main
 
 WORDS = ["<s>", "</s>", *(f"w{i}" for i in range(126))]
 
@@ -64,3 +69,20 @@ def write_text(path: Path, lines=40, words=50, seed=3) -> Path:
             ids = torch.randint(2, len(WORDS), (words,), generator=generator).tolist()
             out.write(json.dumps({"text": " ".join(WORDS[i] for i in ids)}) + "\n")
     return path
+
+
+def trifold_cli(*arguments) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command line, run in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as stopped,
+    ):
+        main([str(argument) for argument in arguments])
+    return stopped.value.code, out.getvalue(), err.getvalue()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by relative name."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -94,12 +94,13 @@ def sweep(
         if before_block is not None:
             before_block(start, stop, current)
         errors = torch.empty_like(current)
-        for i, pivot in enumerate(pivots):
-            column = torch.addmv(current[i], errors[:i].T, factor[:i, i], alpha=-1) if i else current[i]
-            decided = decide(start + i, column)
-            torch.sub(column, decided, out=errors[i])
-            errors[i] /= pivot
-            current[i] = decided
+        along = errors.T
+        rows = zip(current, errors, factor.unbind(1), pivots, strict=True)
+        for i, (column, error, influence, pivot) in enumerate(rows):
+            live = torch.addmv(column, along[:, :i], influence[:i], alpha=-1) if i else column
+            decided = decide(start + i, live)
+            torch.sub(live, decided, out=error).div_(pivot)
+            column.copy_(decided)
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.square().sum(0)
     return columns.T.contiguous(), loss

@@ -84,15 +84,15 @@ def descend(
     error = weight.T - (codes - offset) * scale  # (in, out)
     step = (scale * hessian.diagonal()[:, None]).reciprocal_()
     for start in range(0, len(codes), block):
-        stop = min(start + block, len(codes))
-        slope = hessian[start:stop] @ error
-        inner = hessian[start:stop, start:stop]
-        moved = torch.zeros_like(slope)
-        for i in range(stop - start):
-            j = start + i
-            pull = torch.addmv(slope[i], moved[:i].T, inner[:i, i], alpha=-1) if i else slope[i]
-            new = torch.addcmul(codes[j], pull, step[j]).round_().clamp_(0, scheme.max_code)
-            torch.mul(new - codes[j], scale[j], out=moved[i])
-            codes[j] = new
-        error[start:stop] -= moved
+        part = slice(start, min(start + block, len(codes)))
+        slopes = hessian[part] @ error
+        moved = torch.zeros_like(slopes)
+        along = moved.T
+        rows = zip(codes[part], slopes, step[part], scale[part], moved, hessian[part, part].unbind(1), strict=True)
+        for i, (code, slope, inverse, size, move, column) in enumerate(rows):
+            pull = torch.addmv(slope, along[:, :i], column[:i], alpha=-1) if i else slope
+            new = torch.addcmul(code, pull, inverse).round_().clamp_(0, scheme.max_code)
+            torch.mul(new - code, size, out=move)
+            code.copy_(new)
+        error[part] -= moved
     return codes.T.contiguous()

@@ -109,14 +109,14 @@ class GPTQ(LayerMethod):
     ) -> torch.Tensor:
         """The paper's loop: codes (out, in) as floats."""
         group = (order // scheme.group_width(weight.shape[1])).tolist()
-        scales, zeros = scale.T.contiguous(), zero.T.contiguous()
+        scales, zeros = scale.T.contiguous().unbind(), zero.T.contiguous().unbind()
         codes = torch.empty_like(weight.T, memory_format=torch.contiguous_format)
-        place = order.tolist()
+        kept = [codes[place] for place in order.tolist()]
 
         def decide(j: int, column: torch.Tensor) -> torch.Tensor:
             s, z = scales[group[j]], zeros[group[j]]
             code = to_codes(column, s, z, scheme)
-            codes[place[j]] = code
+            kept[j].copy_(code)
             return code.sub_(z).mul_(s)
 
         sweep(weight[:, order], upper.to(weight.dtype), decide, self.block_size)

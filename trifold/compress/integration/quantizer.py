@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -88,9 +87,3 @@ def _check_tensors(model: Any, files: Sequence[str]) -> None:
                     raise CheckpointError(f"{name}.{leaf} is {state}; copy the checkpoint again")
                 if not buffer.is_floating_point() and not dtype.startswith(("I", "U")):
                     raise CheckpointError(f"{name}.{leaf} holds packed codes, but as {dtype}; copy the checkpoint again")
-
-
-def packed_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers that a model holds now."""
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values())
