@@ -18,7 +18,7 @@ from typing import Any
 
 from common import SHARED, machine, markdown, save
 
-METHODS = ["rtn", "awq", "gptq", "awq-gptq"]
+METHODS = ["rtn", "awq", "gptq", "awq-gptq", "gptaq", "awq-gptaq"]
 
 
 def cell(args: argparse.Namespace, method: str, bits: int, group: int) -> dict[str, Any]:

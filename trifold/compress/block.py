@@ -212,7 +212,7 @@ class BlockCompressor:
             rounding = partial(fake_quantize_per_token, scheme=plan.input)
             module.register_forward_pre_hook(lambda _m, args: (rounding(args[0]), *args[1:]))
         self.done.add(self.prefix + name, plan, canonical)
-        metric = gram if gram is not None else torch.eye(weight.shape[1], dtype=torch.float64)
+        metric = gram if gram is not None else torch.eye(weight.shape[1], device=weight.device)
         entry = {
             "error": relative_error(self.weights[name], weight, metric),
             "error_of": "output" if gram is not None else "weight",

@@ -142,7 +142,7 @@ def write_synced(path: Path, data: bytes) -> None:
 def _difference(theirs: Any, ours: Any, where: str = "") -> str:
     """The first place where two JSON values differ, in words; empty if they do not."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in sorted({*theirs, *ours}):
+        for key in dict.fromkeys([*ours, *theirs]):  # the recipe first, then what follows from it
             found = _difference(theirs.get(key), ours.get(key), f"{where}.{key}" if where else key)
             if found:
                 return found
@@ -150,4 +150,9 @@ def _difference(theirs: Any, ours: Any, where: str = "") -> str:
     if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
         pairs = enumerate(zip(theirs, ours, strict=True))
         return next((d for i, (a, b) in pairs if (d := _difference(a, b, f"{where}[{i}]"))), "")
-    return "" if theirs == ours else f"{where}={theirs!r} (now {ours!r})"
+    return "" if theirs == ours else f"{where}={_short(theirs)} (now {_short(ours)})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:20]}...{text[-8:]}"

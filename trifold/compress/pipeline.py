@@ -223,6 +223,7 @@ class _Walk:
     def resume(self, entries: list[dict[str, Any]], hidden: list[torch.Tensor]) -> None:
         """Take up the states behind the last finished block."""
         self.carries, count = entries[-1]["carries"], len(self.hidden)
+        hidden = [states.to(self.job.source.device) for states in hidden]
         self.hidden, self.dense = hidden[:count], hidden[count:]
 
     def block(self, index: int) -> Compressed:

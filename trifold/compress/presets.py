@@ -9,13 +9,15 @@ from trifold.core.errors import RecipeError, unknown_name
 
 _NAME = re.compile(r"w(?P<weight>\d+)(?:a(?P<input>\d+))?(?:-(?P<method>[a-z][a-z0-9-]*))?")
 
+_SCALES = {"method": "awq", "options": {"clip": False}}  # the step that follows searches ranges itself
+
 STEPS: dict[str, list[dict[str, Any]]] = {
     "rtn": [{"method": "rtn"}],
     "gptq": [{"method": "gptq"}],
     "gptaq": [{"method": "gptaq"}],
     "awq": [{"method": "awq"}, {"method": "rtn"}],
-    "awq-gptq": [{"method": "awq"}, {"method": "gptq"}],
-    "awq-gptaq": [{"method": "awq"}, {"method": "gptaq"}],
+    "awq-gptq": [_SCALES, {"method": "gptq"}],
+    "awq-gptaq": [_SCALES, {"method": "gptaq"}],
 }
 """Method part of a preset -> steps; the scheme goes to the last one."""
 

@@ -102,7 +102,7 @@ def remembered(modules: Mapping[str, nn.Module], memory: Memory, keep: Callable[
 
         return run
 
-    own = {name: vars(module).get("forward") for name, module in modules.items()}  # others replace it too
+    own: dict[str, Any] = {name: vars(module).get("forward") for name, module in modules.items()}  # set by others
     for name, module in modules.items():
         module.forward = replacement(name, module.forward)
     try:

@@ -1,0 +1,267 @@
+"""Recipes: YAML and back, presets, `--set`, patterns, and the plan they make."""
+
+import pytest
+import yaml
+
+from tests.helpers import make_model
+from trifold.compress.plan import make_plan
+from trifold.compress.presets import STEPS, preset_names
+from trifold.compress.recipe import Recipe, matches
+from trifold.core.errors import RecipeError
+from trifold.core.method import METHODS
+from trifold.core.scheme import InputScheme, Scheme
+from trifold.quantizers.gptq import GPTQ
+from trifold.quantizers.rtn import RTN
+
+FULL = """
+name: mixed
+steps:
+- method: awq
+  options: {scaling: plain, grid: 10}
+  ignore: ['*down_proj']
+- method: gptq
+  name: main
+  scheme: {bits: 3, group_size: 64, symmetric: true, scale_dtype: float16}
+  ignore: ['re:.*\\.[02]\\.mlp\\.down_proj']
+  options: {damping: 0.05}
+  overrides:
+  - {match: '*q_proj', scheme: {bits: 8, group_size: channel}}
+  - {match: '*.1.self_attn.q_proj', options: {act_order: false}}
+  - {match: 're:.*v_proj$', skip: true}
+- method: rtn
+  targets: ['re:.*\\.[02]\\.mlp\\.down_proj']
+  scheme: {bits: 4, group_size: 16}
+  input: {bits: 8}
+nsamples: 12
+seqlen: 64
+true_sequential: false
+seed: 3
+"""
+LAYERS = "model.layers"
+
+
+@pytest.fixture
+def full(tmp_path):
+    (tmp_path / "mixed.yaml").write_text(FULL)
+    return Recipe.load(tmp_path / "mixed.yaml")
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+
+def test_yaml_round_trip(full, tmp_path):
+    (tmp_path / "again.yml").write_text(full.to_yaml())
+    assert Recipe.load(tmp_path / "again.yml") == full
+    assert Recipe.load(str(tmp_path / "again.yml")) == full
+    assert Recipe.load(full.to_dict()) == full
+    assert Recipe.load(full) is full
+    assert yaml.safe_load(full.to_yaml()) == full.to_dict()
+
+
+def test_everything_in_the_file_is_in_the_recipe(full):
+    awq, main, rest = full.steps
+    assert [step.name for step in full.steps] == ["awq", "main", "rtn"]
+    assert (full.name, full.nsamples, full.seqlen, full.true_sequential, full.seed) == ("mixed", 12, 64, False, 3)
+    assert awq.scheme is None and awq.options["grid"] == 10 and awq.targets == ("blocks",)
+    assert main.scheme.build() == Scheme(3, 64, True, "float16")
+    assert main.build() == GPTQ(damping=0.05)
+    assert rest.build() == RTN() and rest.input.build() == InputScheme(8)
+
+
+def test_defaults_are_written_out():
+    """So that a recipe in a checkpoint means the same to a later version with other defaults."""
+    recipe = Recipe.load({"steps": [{"method": "gptq"}]})
+    step = recipe.to_dict()["steps"][0]
+    assert step["name"] == "gptq" and step["scheme"]["bits"] == 4
+    assert step["options"].keys() == GPTQ.__dataclass_fields__.keys()
+    assert Recipe.load({"steps": [{"method": "rtn", "scheme": None, "options": None}]}).steps[0].scheme is not None
+
+
+def test_file_name_is_the_name_unless_it_has_one(tmp_path):
+    (tmp_path / "mine.yaml").write_text("steps: [{method: rtn}]")
+    assert Recipe.load(tmp_path / "mine.yaml").name == "mine"
+
+
+def test_a_recipe_cannot_be_changed(full):
+    with pytest.raises(ValueError, match="frozen"):
+        full.seed = 4
+
+
+# -- presets -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_listed_presets_are_recipes(name):
+    recipe = Recipe.load(name)
+    assert recipe.name == name
+    bits = int(name[1])
+    last = recipe.steps[-1]
+    assert last.scheme.bits == bits
+    assert (last.input is not None) is ("a8" in name)
+    assert last.scheme.group_size == ("channel" if "a8" in name else 128)
+    assert recipe.data_free is all(not METHODS.get(step.method).needs for step in recipe.steps)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("w5", 5), ("w6a16", 6), ("w1a16-rtn", 1), ("w7a8-awq-gptq", 7)])
+def test_unlisted_widths_are_presets_too(name, bits):
+    assert Recipe.load(name).steps[-1].scheme.bits == bits
+
+
+def test_presets_do_not_share_state():
+    first, second = Recipe.load("w4a16-awq-gptq"), Recipe.load("w3a16-awq-gptq")
+    assert first.steps[-1].scheme.bits == 4 and second.steps[-1].scheme.bits == 3
+    assert all("scheme" not in step for steps in STEPS.values() for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "free"),
+    [("w4a16-rtn", True), ("w8a8", True), ("w8a16", True), ("w4a16-gptq", False), ("w4a16-awq", False)],
+)
+def test_data_free(name, free):
+    assert Recipe.load(name).data_free is free
+
+
+# -- --set ---------------------------------------------------------------------------------------------------
+
+
+def test_set_changes_every_owner(full):
+    changed = full.updated(["bits=2", "ranges=minmax"])
+    assert [step.scheme and step.scheme.bits for step in changed.steps] == [None, 2, 2]
+    assert [step.options.get("ranges") for step in changed.steps] == [None, "minmax", "minmax"]
+    assert full.steps[1].scheme.bits == 3  # the old one is as it was
+
+
+def test_set_changes_one_step(full):
+    changed = full.updated(["rtn.bits=2", "main.damping=1e-3", "awq.clip=false"])
+    assert [step.scheme and step.scheme.bits for step in changed.steps] == [None, 3, 2]
+    assert changed.steps[1].options["damping"] == 0.001
+    assert changed.steps[0].options["clip"] is False
+
+
+def test_set_changes_the_recipe(full):
+    changed = full.updated(["seed=9", "recipe.nsamples=4", "seqlen=8", "true_sequential=true"])
+    assert (changed.seed, changed.nsamples, changed.seqlen, changed.true_sequential) == (9, 4, 8, True)
+
+
+def test_later_settings_win(full):
+    assert full.updated(["bits=2", "main.bits=5"]).steps[1].scheme.bits == 5
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("main.ignore=*q_proj", ("*q_proj",)),
+        ("main.ignore=['*q_proj', '*k_proj']", ("*q_proj", "*k_proj")),
+        ("main.ignore=[]", ()),
+        ("main.ignore=re:.*\\.0\\..*", ("re:.*\\.0\\..*",)),
+    ],
+)
+def test_set_patterns(full, setting, expected):
+    assert full.updated([setting]).steps[1].ignore == expected
+
+
+def test_set_group_size_by_name_and_number(full):
+    assert full.updated(["main.group_size=tensor"]).steps[1].scheme.group_size == "tensor"
+    assert full.updated(["main.group_size=16"]).steps[1].scheme.group_size == 16
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("bitz=3", "unknown setting 'bitz'; did you mean bits"),
+        ("mian.bits=3", "did you mean main.bits"),
+        ("awq.bits=3", "unknown setting 'awq.bits'"),
+        ("recipe.bits=3", "unknown setting 'recipe.bits'"),
+        (".bits=3", "unknown setting"),
+        ("method=rtn", "unknown setting 'method'"),
+        ("bits", "write it as key=value"),
+        ("bits=9", "mixed: steps.1.scheme: bits=9 is outside 1..8"),
+        ("seed=[1]", "mixed: seed: Input should be a valid integer"),
+    ],
+)
+def test_set_of_something_impossible(full, setting, message):
+    with pytest.raises(RecipeError) as caught:
+        full.updated([setting])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+# -- patterns and the plan -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layer", "fits"),
+    [
+        ("model.layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj", True),
+        ("*up_proj", "model.layers.1.mlp.up_proj", True),
+        ("up_proj", "model.layers.1.mlp.up_proj", False),
+        ("model.layers.[12].*", "model.layers.1.mlp.up_proj", True),
+        ("model.layers.[02].*", "model.layers.1.mlp.up_proj", False),
+        ("*UP_PROJ", "model.layers.1.mlp.up_proj", False),
+        ("re:.*up_proj", "model.layers.1.mlp.up_proj", True),
+        ("re:up_proj", "model.layers.1.mlp.up_proj", False),
+        (r"re:model\.layers\.\d+\.mlp", "model.layers.1.mlp.up_proj", True),
+        (r"re:model\.layers\.\d+\.mlp$", "model.layers.1.mlp.up_proj", False),
+    ],
+)
+def test_patterns(pattern, layer, fits):
+    assert matches(pattern, layer) is fits
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(tie_word_embeddings=False)
+
+
+def test_plan_of_a_mixed_recipe(full, model):
+    plan = make_plan(full, model, LAYERS)
+    names = [f"{LAYERS}.{i}.{name}" for i in range(3) for name in ("self_attn.v_proj",)]
+    assert not plan.layers.keys() & set(names) and len(plan.layers) == 21 - 3
+    query = plan.layers[f"{LAYERS}.0.self_attn.q_proj"]
+    assert query.scheme == Scheme(8, "channel", True, "float16") and query.method == GPTQ(damping=0.05)
+    other = plan.layers[f"{LAYERS}.1.self_attn.q_proj"]
+    assert other.scheme == query.scheme and other.method == GPTQ(damping=0.05, act_order=False)
+    assert plan.layers[f"{LAYERS}.0.self_attn.k_proj"].scheme == Scheme(3, 64, True, "float16")
+    down = plan.layers[f"{LAYERS}.2.mlp.down_proj"]
+    assert (down.method, down.scheme, down.input) == (RTN(), Scheme(4, 16), InputScheme(8))
+    assert down.shape == (48, 86)
+    assert plan.layers[f"{LAYERS}.1.mlp.down_proj"].method == GPTQ(damping=0.05)
+    ((name, _, allowed),) = plan.rewrites
+    assert name == "awq" and len(allowed) == 18 and not any(n.endswith("down_proj") for n in allowed)
+
+
+def test_later_overrides_win(model):
+    overrides = [{"match": "*proj", "scheme": {"bits": 8}}, {"match": "*q_proj", "scheme": {"bits": 2}}]
+    plan = make_plan(Recipe.load({"steps": [{"method": "rtn", "overrides": overrides}]}), model, LAYERS)
+    bits = {name.rpartition(".")[2]: layer.scheme.bits for name, layer in plan.layers.items()}
+    assert bits.pop("q_proj") == 2 and set(bits.values()) == {8}
+
+
+def test_blocks_means_the_linears_inside(model):
+    plan = make_plan(Recipe.load("w4a16-rtn"), model, LAYERS)
+    assert len(plan.layers) == 21 and "lm_head" not in plan.layers
+    everything = {"steps": [{"method": "rtn", "targets": ["blocks", "lm_head"]}]}
+    plan = make_plan(Recipe.load(everything), model, LAYERS)
+    assert list(plan.layers)[-1] == "lm_head" and len(plan.layers) == 22
+
+
+def test_a_layer_has_one_solver(model):
+    steps = [{"method": "rtn", "targets": ["*q_proj"]}, {"method": "gptq"}]
+    with pytest.raises(RecipeError, match=r"layers\.0\.self_attn\.q_proj: both 'rtn' and 'gptq' would solve it"):
+        make_plan(Recipe.load({"steps": steps}), model, LAYERS)
+    steps[1]["ignore"] = ["*q_proj"]
+    assert len(make_plan(Recipe.load({"steps": steps}), model, LAYERS).layers) == 21
+
+
+def test_a_rewrite_comes_before_the_layers_it_rewrites_are_solved(model):
+    first = {"method": "rtn", "targets": ["*down_proj"]}
+    awq, rest = {"method": "awq", "ignore": ["*down_proj"]}, {"method": "gptq", "ignore": ["*down_proj"]}
+    assert len(make_plan(Recipe.load({"steps": [first, awq, rest]}), model, LAYERS).layers) == 21
+    with pytest.raises(RecipeError, match=r"step 'awq': 'rtn' has solved .*down_proj before it; put 'awq' first"):
+        make_plan(Recipe.load({"steps": [first, {"method": "awq"}, rest]}), model, LAYERS)
+
+
+def test_tied_head_is_refused():
+    tied = make_model(tie_word_embeddings=True)
+    recipe = Recipe.load({"steps": [{"method": "rtn", "targets": ["lm_head"]}]})
+    with pytest.raises(RecipeError, match="lm_head: shares its weight with"):
+        make_plan(recipe, tied, LAYERS)
