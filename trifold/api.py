@@ -67,6 +67,7 @@ def evaluate(
     dtype: str | torch.dtype = "auto",
     batch_size: int = 1,
     speed: bool = True,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Perplexity on a text; KL and top-1 agreement against a baseline; decode speed and memory.
 
@@ -76,11 +77,12 @@ def evaluate(
     from trifold.compress.calibration import text_windows
     from trifold.eval import evaluate as score
 
+    trust = {"trust_remote_code": True} if trust_remote_code else {}
     if tokenizer is None and isinstance(model, str | os.PathLike):
-        tokenizer = load_tokenizer(model)
-    model = load(model, dtype=dtype) if isinstance(model, str | os.PathLike) else model
+        tokenizer = load_tokenizer(model, **trust)
+    model = load(model, dtype=dtype, **trust) if isinstance(model, str | os.PathLike) else model
     windows = text_windows(text, tokenizer, model.config, max_windows, seqlen, stride, option="--text")
-    baseline = load(baseline, dtype=dtype) if isinstance(baseline, str | os.PathLike) else baseline
+    baseline = load(baseline, dtype=dtype, **trust) if isinstance(baseline, str | os.PathLike) else baseline
     return score(model, windows, baseline, speed=speed, batch_size=batch_size)
 
 

@@ -117,7 +117,7 @@ def test_inspect_counts_what_is_in_the_files(made, tiny):
     tensors, dense = load_file(out / "model.safetensors"), load_file(tiny() / "model.safetensors")
     modules = json.loads((out / "config.json").read_text())["quantization_config"]["modules"]
     report = json.loads((out / "report.json").read_text())
-    packed = {name: 0 for name in modules}
+    packed = dict.fromkeys(modules, 0)
     for key, tensor in tensors.items():
         name = key.rpartition(".")[0]
         if name in packed:

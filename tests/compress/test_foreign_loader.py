@@ -47,11 +47,11 @@ def test_without_trifold_loading_fails_loudly(tmp_path, checkpoints, recipe):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "warning"},
         timeout=300,
     )
     assert process.returncode != 0 and "loaded" not in process.stdout
-    assert "size mismatch" in process.stderr and f"{LAYER.replace('.1.', '.{0, 1, 2}.')}" in process.stderr
+    assert "size mismatch" in process.stderr and "mlp.up_proj.weight" in process.stderr, process.stderr
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "olmo2"])

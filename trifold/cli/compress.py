@@ -85,7 +85,7 @@ def _plan_entry(plan: Any) -> dict[str, Any]:
     return {
         "shape": list(plan.shape),
         "method": type(plan.method).__name__.lower(),
-        "scheme": asdict(plan.scheme),
+        "scheme": None if plan.scheme is None else asdict(plan.scheme),
         "input": None if plan.input is None else asdict(plan.input),
     }
 
@@ -96,13 +96,13 @@ def _plan_table(layers: dict[str, dict[str, Any]]) -> Any:
     columns = (Column("layer", overflow="fold"), "shape", "method", "bits", "group", "input")
     table = Table(*columns, title="plan", title_justify="left")
     for name, entry in layers.items():
-        inputs = entry["input"]
+        inputs, scheme = entry["input"], entry["scheme"] or {}
         table.add_row(
             name,
             "x".join(map(str, entry["shape"])),
             entry["method"],
-            str(entry["scheme"]["bits"]),
-            str(entry["scheme"]["group_size"]),
+            str(scheme.get("bits", "-")),
+            str(scheme.get("group_size", "-")),
             "-" if inputs is None else f"int{inputs['bits']}",
         )
     return table

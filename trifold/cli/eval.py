@@ -21,6 +21,7 @@ from trifold.cli.output import calm, emit, facts, json_option, size, with_verbos
     show_default=True,
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
 )
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--no-speed", is_flag=True, help="Do not measure decoding speed.")
 @json_option
 @with_verbosity
@@ -33,6 +34,7 @@ def evaluate(
     max_windows: int | None,
     batch_size: int,
     dtype: str,
+    trust_remote_code: bool,
     no_speed: bool,
     json_to: str | None,
     verbose: bool,
@@ -52,18 +54,24 @@ def evaluate(
         dtype=dtype,
         batch_size=batch_size,
         speed=not no_speed,
+        trust_remote_code=trust_remote_code,
     ).to_dict()
     rows = {
-        "perplexity": f"{report['perplexity']:.4f}",
-        "loss": f"{report['loss']:.4f} nats per token",
+        "perplexity": _number(report["perplexity"], 4),
+        "loss": f"{_number(report['loss'], 4)} nats per token",
         "tokens": f"{report['tokens']} in {report['windows']} windows of {report['seqlen']}",
         "BOS": report["bos"],
     }
     if report.get("baseline"):
-        rows["baseline perplexity"] = f"{report['baseline']['perplexity']:.4f}"
-        rows["KL to the baseline"] = f"{report['kl']:.5f} nats per token"
+        rows["baseline perplexity"] = _number(report["baseline"]["perplexity"], 4)
+        rows["KL to the baseline"] = f"{_number(report['kl'], 5)} nats per token"
         rows["top-1 agreement"] = f"{100 * report['top1_agreement']:.2f} %"
     if report["decode_tokens_per_s"] is not None:
         rows["decoding"] = f"{report['decode_tokens_per_s']:.1f} tokens/s"
     rows["peak memory"] = size(report["peak_memory_bytes"])
     emit(report, json_to, None if quiet else facts(model, rows))
+
+
+def _number(value: float | None, digits: int) -> str:
+    """A figure of the report, in which None stands for what is not finite."""
+    return "not finite" if value is None else f"{value:.{digits}f}"

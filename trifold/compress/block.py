@@ -19,7 +19,7 @@ from trifold.core.errors import CheckpointError
 from trifold.core.linears import set_weight, weight_of
 from trifold.core.method import BlockContext, Bounds, LayerProblem, LayerSolution, Rewrite, Statistics
 from trifold.core.obs import relative_error
-from trifold.core.scheme import fake_quantize_per_token
+from trifold.core.scheme import Scheme, fake_quantize_per_token
 from trifold.core.statistics import Drift, Gram, Statistic
 from trifold.core.topology import Topology
 from trifold.formats import FORMATS, Spec, bits_per_weight, digest, format_for
@@ -79,6 +79,10 @@ class BlockCompressor:
     def layer_plan(self, name: str) -> LayerPlan:
         return self.plan.layers[self.prefix + name]
 
+    def _schemes(self, names: Sequence[str]) -> dict[str, Scheme]:
+        schemes = {name: self.layer_plan(name).scheme for name in names}
+        return {name: scheme for name, scheme in schemes.items() if scheme is not None}
+
     # -- block methods ---------------------------------------------------------------------------------
 
     def rewrite(self, topology: Topology, carries: dict[str, Any]) -> None:
@@ -93,7 +97,7 @@ class BlockCompressor:
                 parameters=self._parameters(),
                 inputs={name: leaders[name] for name in chosen},
                 statistics={leaders[name]: statistics[leaders[name]] for name in chosen},
-                schemes={name: self.layer_plan(name).scheme for name in chosen},
+                schemes=self._schemes(chosen),
                 replay=self._replay,
             )
             change, carries[step] = method.rewrite(context, carries.get(step))
@@ -192,7 +196,7 @@ class BlockCompressor:
         for method, names in by_method.items():
             problem = LayerProblem(
                 {name: self.weights[name] for name in names},
-                {name: self.layer_plan(name).scheme for name in names},
+                self._schemes(names),
                 gram,
                 drift,
                 {name: self.bounds[name] for name in names if name in self.bounds},

@@ -2,78 +2,31 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trifold.compress import checkpoint
-from trifold.compress.block import BlockCompressor, Compressed, dense_tensors
-from trifold.compress.calibration import (
-    PROOF_WINDOWS,
-    Calibration,
-    default_batch_size,
-    random_windows,
-    text_windows,
-)
-from trifold.compress.capture import Call, Captured, Tail, capture_calls
+from trifold.compress.block import Compressed
+from trifold.compress.calibration import Calibration, default_batch_size, random_windows, text_windows
 from trifold.compress.integration.load import load, read_compressed
 from trifold.compress.integration.modules import install
+from trifold.compress.job import Job, Options, versions
 from trifold.compress.journal import Journal
-from trifold.compress.plan import Plan, make_plan
+from trifold.compress.plan import make_plan
 from trifold.compress.progress import Reporter, resident_bytes
 from trifold.compress.proof import prove
 from trifold.compress.recipe import Recipe
-from trifold.compress.runner import BlockRunner
 from trifold.compress.source import FolderSource, LiveSource, Source, model_folder
 from trifold.compress.summary import summarise
-from trifold.compress.text import Windows, batches
+from trifold.compress.walk import Walk
 from trifold.core.errors import CalibrationError, InputError, ProofError
-from trifold.core.linears import linears
-from trifold.core.topology import Topology, topology_of
-from trifold.core.version import VERSION
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run, as opposed to what to do."""
-
-    batch_size: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    max_shard_size: str = "5GB"
-    fresh: bool = False
-    inplace: bool = False
-    trust_remote_code: bool = False
-
-
-@dataclass
-class Job:
-    """A compression that passed its preflight."""
-
-    source: Source
-    recipe: Recipe
-    plan: Plan
-    windows: Windows
-    observed: bool
-    topology: Topology
-    batch_size: int
-    options: Options
-    report: Reporter
-
-    @cached_property
-    def ids(self) -> list[torch.Tensor]:
-        """Batches of token ids; the first is small, since it is also the one that the proof runs."""
-        few = replace(self.windows, ids=self.windows.ids[:PROOF_WINDOWS])
-        rest = replace(self.windows, ids=self.windows.ids[PROOF_WINDOWS:])
-        return [*batches(few, self.batch_size), *batches(rest, self.batch_size)]
+from trifold.core.topology import topology_of
 
 
 def prepare(
@@ -89,6 +42,8 @@ def prepare(
         folder = model_folder(model)
         name = folder.name if Path(model).expanduser().is_dir() else str(model)
         source: Source = FolderSource(folder, name, options.dtype, options.trust_remote_code, _device(options.device))
+    elif options.dtype != "auto" or options.device != "auto":
+        raise InputError("dtype and device are the model's own for a live model; move or cast it before")
     else:
         source = LiveSource(model, tokenizer, options.inplace)
     plan = make_plan(recipe, source.model, source.blocks)
@@ -100,7 +55,7 @@ def prepare(
         windows = text_windows(calibration, source.tokenizer, source.config, recipe.nsamples, recipe.seqlen)
     config = source.config.get_text_config()
     topology = topology_of(config.model_type, getattr(config, "head_dim", None) or _head_dim(config))
-    for notice in windows.notices:
+    for notice in (*source.notices, *plan.notices, *windows.notices):
         report.notice(notice)
     if plan.rewrites and not topology.folds:
         report.notice(
@@ -138,7 +93,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path, max_shard: i
     started = time.perf_counter()
     source, everything = job.source, Compressed()
     source.open_outside()
-    walk = _Walk(job)
+    walk = Walk(job)
     if journal.done:
         job.report.notice(f"going on after block {journal.done} of {source.block_count}")
         walk.resume([journal.entry(i) for i in range(journal.done)], journal.hidden())
@@ -163,9 +118,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path, max_shard: i
         stale.unlink()
     checkpoint.write_shards(partial, units(), max_shard)
     source.copy_files(partial)
-    checkpoint.write_config(
-        partial, source.config_dict() | {"dtype": _dtype_name(source)}, _quantization(job, everything)
-    )
+    checkpoint.write_config(partial, source.config_dict() | {"dtype": job.dtype_name}, _quantization(job, everything))
     job.report.notice("proving the round trip")
     proof = prove(partial, everything, journal, job.ids[0], source)
     sizes = {name: value for name, value in summarise(partial).items() if name != "layers"}
@@ -179,7 +132,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path, max_shard: i
 def compress_live(job: Job) -> dict[str, Any]:
     """Replace the linears of a live model by packed ones: at the end, or with `inplace` block by block."""
     started, source, everything = time.perf_counter(), job.source, Compressed()
-    walk = _Walk(job)
+    walk = Walk(job)
     job.report.begin(source.block_count, 0)
     try:
         results = []
@@ -206,68 +159,6 @@ def _mark(job: Job, quantization: dict[str, Any]) -> None:
     job.source.model.is_quantized = True
 
 
-class _Walk:
-    """Block after block: hidden states in, hidden states out."""
-
-    def __init__(self, job: Job) -> None:
-        self.job, source = job, job.source
-        self.blocks = source.model.get_submodule(source.blocks)
-        self.carries: dict[str, Any] = {}
-        self.captured: list[Captured] = [
-            capture_calls(source.model, self.blocks, ids.to(source.device)) for ids in job.ids
-        ]
-        self.hidden = [captured.hidden for captured in self.captured]
-        self.dense = list(self.hidden) if job.plan.follows_dense else []
-        self.finished = 0
-
-    def resume(self, entries: list[dict[str, Any]], hidden: list[torch.Tensor]) -> None:
-        """Take up the states behind the last finished block."""
-        self.carries, count = entries[-1]["carries"], len(self.hidden)
-        hidden = [states.to(self.job.source.device) for states in hidden]
-        self.hidden, self.dense = hidden[:count], hidden[count:]
-
-    def block(self, index: int) -> Compressed:
-        """Compress one block and step the hidden states over it."""
-        job, source = self.job, self.job.source
-        prefix = f"{source.blocks}.{index}."
-        block = source.open_block(index)
-        targets = {n: m for n, m in linears(block).items() if prefix + n in job.plan.layers}
-        runner = BlockRunner(block, targets, [c.calls[index] for c in self.captured], self.hidden)
-        compressor = BlockCompressor(block, prefix, job.plan, runner, job.observed, job.report.layer)
-        compressor.rewrite(job.topology, self.carries)
-        dense = compressor.follow_dense(self.dense) if self.dense else None
-        result = compressor.solve(job.recipe.true_sequential)
-        self.hidden, self.dense = runner.outputs(), dense.outputs() if dense else []
-        result.tensors.update(dense_tensors(block, prefix, result.modules))
-        source.close_block(index)
-        self.finished += 1
-        errors = [entry["error"] for entry in result.report.values()]
-        job.report.block(index, source.block_count, self.finished, sum(errors) / max(len(errors), 1))
-        return result
-
-    def tail(self) -> tuple[Compressed, torch.Tensor]:
-        """Compress what the recipe addresses behind the blocks; the reference logits of the first batch."""
-        job, source = self.job, self.job.source
-        tail = Tail(source.model, self.blocks, self.captured[0].as_tuple)
-        prefix = source.blocks + "."
-        outside = {n: m for n, m in linears(source.model).items() if n in job.plan.layers}
-        outside = {n: m for n, m in outside.items() if not n.startswith(prefix)}
-        calls = [Call((ids.to(source.device),), {}, True) for ids in job.ids]
-        result = Compressed()
-        if outside:
-            runner = BlockRunner(tail, outside, calls, self.hidden)
-            compressor = BlockCompressor(tail, "", job.plan, runner, job.observed, job.report.layer)
-            compressor.dense = BlockRunner(tail, outside, calls, self.dense) if self.dense else None
-            result = compressor.solve(False)
-        with torch.no_grad():
-            logits = calls[0].run(tail, self.hidden[0])
-        tied = getattr(source.model, "all_tied_weights_keys", None) or {}
-        for name, tensor in dense_tensors(source.model, "", result.modules).items():
-            if not name.startswith(prefix) and name not in tied:
-                result.tensors[name] = tensor
-        return result, logits
-
-
 def _merge(everything: Compressed, entry: Mapping[str, Any]) -> None:
     everything.modules.update(entry["modules"])
     everything.report.update(entry["report"])
@@ -282,19 +173,13 @@ def _fingerprint(job: Job) -> dict[str, Any]:
     return {
         "recipe": job.recipe.to_dict(),
         "source": job.source.fingerprint(),
-        "dtype": _dtype_name(job.source),
+        "dtype": job.dtype_name,
         "calibration": job.windows.digest if job.observed else None,
         "batch_size": job.batch_size,
         "threads": torch.get_num_threads(),
         "max_shard_size": job.options.max_shard_size,
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """What the result may depend on."""
-    libraries = ("torch", "transformers", "safetensors")
-    return {"trifold": VERSION, **{name: importlib.metadata.version(name) for name in libraries}}
 
 
 def _report(
@@ -316,7 +201,7 @@ def _report(
         else None,
         "seed": job.recipe.seed,
         "batch_size": job.batch_size,
-        "dtype": _dtype_name(job.source),
+        "dtype": job.dtype_name,
         "versions": versions(),
         "layers": everything.report,
         "mean_error": sum(e["error"] for e in everything.report.values()) / len(everything.report),
@@ -325,10 +210,6 @@ def _report(
         "seconds": round(seconds, 3),
         "peak_memory_bytes": resident_bytes(),
     }
-
-
-def _dtype_name(source: Source) -> str:
-    return str(source.dtype).removeprefix("torch.")
 
 
 def _head_dim(config: Any) -> int:

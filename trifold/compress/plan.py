@@ -21,16 +21,18 @@ class LayerPlan:
 
     shape: tuple[int, int]
     method: LayerMethod
-    scheme: Scheme
+    scheme: Scheme | None
     input: InputScheme | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """layers: full name -> its plan, blocks first. rewrites: (step, block method, layers it may touch), in order."""
+    """layers: full name -> its plan, blocks first. rewrites: (step, block method, layers it may touch), in order.
+    notices: what the user should know of what stays dense."""
 
     layers: Mapping[str, LayerPlan]
     rewrites: tuple[tuple[str, BlockMethod, frozenset[str]], ...] = ()
+    notices: tuple[str, ...] = ()
 
     @property
     def follows_dense(self) -> bool:
@@ -55,7 +57,8 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
         names = _targets(step, inside, others)
         if not step.solves:
             method = step.build()
-            assert isinstance(method, BlockMethod)
+            if not isinstance(method, BlockMethod):
+                raise RecipeError(f"step {step.name!r}: {step.method} is neither a layer nor a block method")
             solved = next((name for name in names if name in owner), None)
             if solved is not None:
                 raise RecipeError(
@@ -77,7 +80,7 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
         raise RecipeError(
             f"recipe {recipe.name!r} leaves every layer dense; add a step that quantises, or check `ignore`"
         )
-    return Plan(ordered, tuple(rewrites))
+    return Plan(ordered, tuple(rewrites), _stacked(model, blocks))
 
 
 def _targets(step: Step, inside: list[str], others: list[str]) -> list[str]:
@@ -103,10 +106,17 @@ def _layer_plan(step: Step, name: str, module: nn.Module) -> LayerPlan | None:
             changes.update(override.scheme)
             options.update(override.options)
     method, scheme = step.build(options), step.scheme_with(changes)
-    assert isinstance(method, LayerMethod) and scheme is not None
+    assert isinstance(method, LayerMethod)
     shape = tuple(module.get_parameter("weight").shape)
     rows, columns = reversed(shape) if is_transposed(module) else shape
     return LayerPlan((rows, columns), method, scheme, step.input.build() if step.input else None)
+
+
+def _stacked(model: Any, blocks: str) -> tuple[str, ...]:
+    stacked = [p.numel() for n, p in model.named_parameters() if p.dim() == 3 and n.startswith(blocks + ".")]
+    if not stacked:
+        return ()
+    return (f"{len(stacked)} stacked expert tensors ({sum(stacked) / 1e6:.1f} M parameters) stay dense",)
 
 
 def _check_tied(model: Any, name: str) -> None:

@@ -82,6 +82,14 @@ def shard_files(folder: Path) -> dict[str, Path]:
     return files
 
 
+def float_dtype(name: str | torch.dtype) -> torch.dtype:
+    """A dtype by name or as it is. Raises InputError unless it is a float of 16 or 32 bits."""
+    dtype = DTYPES.get(name) if isinstance(name, str) else name
+    if dtype is None or dtype not in DTYPES.values():
+        raise InputError(f"dtype={name!r}: use auto, {', '.join(DTYPES)}")
+    return dtype
+
+
 def usable_device(name: str) -> torch.device:
     """The device of this name. Raises InputError if this machine has none."""
     try:
@@ -151,7 +159,7 @@ class FolderSource(Source):
         self,
         folder: Path,
         name: str,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         trust_remote_code: bool = False,
         device: str = "cpu",
     ) -> None:
@@ -160,7 +168,7 @@ class FolderSource(Source):
         self.folder, self.name, self.device = folder, name, usable_device(device)
         config = _causal_config(folder, name, trust_remote_code)
         self.files = shard_files(folder)
-        self.dtype = DTYPES[dtype] if dtype != "auto" else self._stored_dtype(config)
+        self.dtype = self._stored_dtype(config) if dtype == "auto" else float_dtype(dtype)
         config.dtype = self.dtype
         try:
             with torch.device("meta"):

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from trifold.compress.checkpoint import QUANT_METHOD, check_version
 from trifold.compress.source import shard_files
 from trifold.core.errors import CheckpointError
-from trifold.formats import Spec, bits_per_weight, stored_bytes
+from trifold.formats import FORMATS, Spec, bits_per_weight, stored_bytes
 
 _ITEM_BYTES = {
     "F64": 8,
@@ -80,14 +80,9 @@ def _layer(spec: Spec, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(spec: Spec) -> str:
-    """A spec in a few characters, such as `int4 g128 asym`."""
-    group = spec["group_size"]
-    parts = [
-        f"{spec['format']}{spec['bits']}",
-        f"g{group}" if isinstance(group, int) else str(group),
-        "sym" if spec["symmetric"] else "asym",
-    ]
-    return " ".join([*parts, f"a{spec['input']['bits']}"] if "input" in spec else parts)
+    """A spec in a few characters, such as `int4 g128 asym`, with the bits of its input, `a8`."""
+    label = FORMATS.get(spec["format"]).label(spec)
+    return f"{label} a{spec['input']['bits']}" if spec.get("input") else label
 
 
 def _others(folder: Path, modules: Mapping[str, Spec]) -> dict[str, tuple[int, int]]:

@@ -31,6 +31,10 @@ class Format(ABC):
         """Everything `layout` and `unpack` need beside the tensors."""
 
     @abstractmethod
+    def label(self, spec: Spec) -> str:
+        """The spec in a few characters, such as `int4 g128 asym`."""
+
+    @abstractmethod
     def layout(self, spec: Spec) -> Layout:
         """The stored tensors of a weight so described."""
 

@@ -42,6 +42,11 @@ class IntFormat(Format):
             "scale_dtype": scheme.scale_dtype,
         }
 
+    def label(self, spec: Spec) -> str:
+        group = spec["group_size"]
+        width = f"g{group}" if isinstance(group, int) else str(group)
+        return f"int{spec['bits']} {width} {'sym' if spec['symmetric'] else 'asym'}"
+
     def layout(self, spec: Spec) -> Layout:
         scheme = scheme_of(spec)
         rows, columns = spec["shape"]

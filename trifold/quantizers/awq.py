@@ -43,10 +43,10 @@ class AWQ(BlockMethod):
     def rewrite(self, context: BlockContext, carry: Any) -> tuple[Rewrite, Any]:
         work = _Work(context)
         for fold in context.topology.folds:
-            if all(name in work.weights for name in fold.consumers):
+            if all(name in work.weights and name in work.schemes for name in fold.consumers):
                 self._scale(fold, work)
         if self.clip:
-            for name in work.weights:
+            for name in work.schemes:
                 work.bounds[name] = clip_search(work.weights[name], work.schemes[name], work.gram(name))
         return work.result(), carry
 

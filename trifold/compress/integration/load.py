@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from trifold.compress.block import Compressed
-from trifold.compress.source import DTYPES, model_folder, reason, shard_files
+from trifold.compress.source import float_dtype, model_folder, reason, shard_files
 from trifold.core.errors import CheckpointError
 
 
@@ -33,7 +33,7 @@ def load(
     folder = model_folder(model, kwargs.pop("revision", None))
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: no config.json, so this is not a model folder")
-    wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    wanted = dtype if dtype == "auto" else float_dtype(dtype)
     # Asking on the terminal is no default for a library; mismatches are refused below, by name.
     settings: dict[str, Any] = {"trust_remote_code": False, "ignore_mismatched_sizes": True, **kwargs}
     factory: Any = AutoModelForCausalLM
@@ -42,6 +42,8 @@ def load(
             folder, dtype=wanted, device_map=device_map, output_loading_info=True, **settings
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        if "custom code" in str(error):
+            raise CheckpointError(f"{folder}: the model brings its own code; trust_remote_code=True runs it") from error
         raise CheckpointError(f"{folder}: {reason(error)}") from error
     ours = getattr(loaded, "hf_quantizer", None) is not None
     for kind in ("missing", "mismatched", *(["unexpected"] if ours else [])):

@@ -86,4 +86,4 @@ def _check_tensors(model: Any, files: Sequence[str]) -> None:
                     state = "missing" if shape is None else f"of shape {shape}, not {tuple(buffer.shape)}"
                     raise CheckpointError(f"{name}.{leaf} is {state}; copy the checkpoint again")
                 if not buffer.is_floating_point() and not dtype.startswith(("I", "U")):
-                    raise CheckpointError(f"{name}.{leaf} holds packed codes, but as {dtype}; copy the checkpoint again")
+                    raise CheckpointError(f"{name}.{leaf} holds codes, but as {dtype}; copy the checkpoint again")

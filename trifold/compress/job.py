@@ -1,0 +1,63 @@
+"""A compression that passed its preflight: what to do, to what, with which text."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from trifold.compress.calibration import PROOF_WINDOWS
+from trifold.compress.plan import Plan
+from trifold.compress.progress import Reporter
+from trifold.compress.recipe import Recipe
+from trifold.compress.source import Source
+from trifold.compress.text import Windows, batches
+from trifold.core.topology import Topology
+from trifold.core.version import VERSION
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, as opposed to what to do."""
+
+    batch_size: int | None = None
+    dtype: str | torch.dtype = "auto"
+    device: str = "auto"
+    max_shard_size: str = "5GB"
+    fresh: bool = False
+    inplace: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Job:
+    """A compression that passed its preflight."""
+
+    source: Source
+    recipe: Recipe
+    plan: Plan
+    windows: Windows
+    observed: bool
+    topology: Topology
+    batch_size: int
+    options: Options
+    report: Reporter
+
+    @cached_property
+    def ids(self) -> list[torch.Tensor]:
+        """Batches of token ids; the first is small, since it is also the one that the proof runs."""
+        few = replace(self.windows, ids=self.windows.ids[:PROOF_WINDOWS])
+        rest = replace(self.windows, ids=self.windows.ids[PROOF_WINDOWS:])
+        return [*batches(few, self.batch_size), *batches(rest, self.batch_size)]
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.source.dtype).removeprefix("torch.")
+
+
+def versions() -> dict[str, str]:
+    """What the result may depend on."""
+    libraries = ("torch", "transformers", "safetensors")
+    return {"trifold": VERSION, **{name: importlib.metadata.version(name) for name in libraries}}
