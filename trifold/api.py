@@ -77,7 +77,7 @@ def evaluate(
     from trifold.compress.calibration import text_windows
     from trifold.eval import evaluate as score
 
-    trust = {"trust_remote_code": True} if trust_remote_code else {}
+    trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     if tokenizer is None and isinstance(model, str | os.PathLike):
         tokenizer = load_tokenizer(model, **trust)
     model = load(model, dtype=dtype, **trust) if isinstance(model, str | os.PathLike) else model

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 # This file carries the library's name: keep its folder off the import path, or it would import itself.
-sys.path.remove(str(Path(__file__).resolve().parent))
+sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 import compressed_tensors
 import llmcompressor

@@ -9,10 +9,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding, LlamaConfig, PreTrainedTokenizerFast
 
+from trifold.compress.documents import read_documents
 from trifold.compress.text import (
     batches,
     clamp_seqlen,
-    read_documents,
     windows_from_documents,
     windows_from_samples,
 )

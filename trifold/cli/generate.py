@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from trifold.cli.output import calm
@@ -33,7 +35,7 @@ def generate(
 
     calm(quiet=False)
     device_map = None if device is None else {"": usable_device(device)}
-    trust = {"trust_remote_code": True} if trust_remote_code else {}
+    trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     tokenizer = load_tokenizer(checkpoint, **trust)
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():

@@ -30,9 +30,9 @@ class Format(ABC):
     def describe(self, canonical: Canonical) -> Spec:
         """Everything `layout` and `unpack` need beside the tensors."""
 
-    @abstractmethod
     def label(self, spec: Spec) -> str:
         """The spec in a few characters, such as `int4 g128 asym`."""
+        return str(spec["format"])
 
     @abstractmethod
     def layout(self, spec: Spec) -> Layout:
