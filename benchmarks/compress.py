@@ -10,6 +10,7 @@ losses on held-out text come with it, so that speed is never bought with quality
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import subprocess
@@ -36,9 +37,10 @@ def measure(model: str, calib: str, evaluation: str, args: argparse.Namespace) -
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     config = dense.config
     windows = text_windows(evaluation, tokenizer, config, args.eval_windows, args.seqlen)
-    before = perplexity(dense, windows, batch_size=20)
     ids = list(text_windows(calib, tokenizer, config, args.nsamples, args.seqlen).ids)
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the current size
+    rss = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     started = time.perf_counter()
     trifold.compress(
         dense,
@@ -50,12 +52,13 @@ def measure(model: str, calib: str, evaluation: str, args: argparse.Namespace) -
         verbosity=-1,
     )
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     after = perplexity(dense, windows, batch_size=20)
+    before = perplexity(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), windows, batch_size=20)
     return {
         "seconds": seconds,
-        "peak_rss_bytes": peak * 1024,
-        "rss_rise_bytes": (peak - rss) * 1024,
+        "peak_rss_bytes": peak,
+        "rss_rise_bytes": peak - rss,
         "rise": after.loss - before.loss,
         "window_losses": list(after.window_losses),
     }

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 # This file carries the library's name: keep its folder off the import path, or it would import itself.
-sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+sys.path.remove(str(Path(__file__).resolve().parent))
 
 import compressed_tensors
 import llmcompressor
@@ -139,7 +139,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(THREADS)
     if not torch.accelerator.is_available():
-        # AWQ pins its cached activations, which crashes on a machine without an accelerator.
+        # AWQ pins its cached activations, which crashes without an accelerator: switch pinning off.
         torch.Tensor.pin_memory = lambda self, *_: self
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import trifold
-from tests.helpers import contents, save_model, trifold_cli
+from tests.helpers import contents, make_model, save_model, trifold_cli
 
 SMALL = ("--nsamples", "8", "--seqlen", "32")
 LAYER = "model.layers.1.mlp.up_proj.weight"
@@ -183,6 +183,12 @@ def test_tensor_of_another_shape_is_found_before_work_begins(refused, text, copy
     assert f"{LAYER} has shape [85, 48], config.json makes it [86, 48]" in refused(folder, "--calib", text)
 
 
+def test_weight_beyond_the_wanted_dtype(refused, text, copy):
+    folder = change_tensors(copy(), lambda t: t[LAYER].mul_(1e6))
+    message = refused(folder, "--calib", text, "--dtype", "float16")
+    assert f"{LAYER} overflows torch.float16" in message and "bfloat16" in message
+
+
 def test_tensors_without_a_place_are_left_out(tmp_path, text, copy):
     """As transformers does; old checkpoints hold the rotary table of every layer."""
     plain = trifold_cli("compress", copy(), "-r", "w8a16", "-o", tmp_path / "a")
@@ -190,6 +196,7 @@ def test_tensors_without_a_place_are_left_out(tmp_path, text, copy):
     change_tensors(tmp_path / "model", lambda t: t.update(odd))
     more = trifold_cli("compress", tmp_path / "model", "-r", "w8a16", "-o", tmp_path / "b")
     assert plain[0] == more[0] == 0
+    assert "model: 1 stored tensor(s) without a place" in more[2] and "odd.weight" in more[2]
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
@@ -323,7 +330,9 @@ def test_setting(refused, text, tiny, setting, facts):
     assert all(fact in message for fact in facts), message
 
 
-@pytest.mark.parametrize(("option", "value"), [("--nsamples", "-3"), ("--nsamples", "0"), ("--seqlen", "1")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--nsamples", "-3"), ("--nsamples", "0"), ("--seqlen", "1"), ("--seed", "-1")]
+)
 def test_impossible_number(refused, text, tiny, option, value):
     message = refused(tiny(), "--calib", text, option, value)
     assert option.removeprefix("--") in message and value in message
@@ -463,6 +472,35 @@ def test_usage(arguments, fact):
     code, stdout, stderr = trifold_cli("compress", *arguments)
     assert (code, stdout) == (2, "")
     assert stderr.startswith("error: ") and len(stderr.splitlines()) == 1 and fact in stderr
+
+
+# -- the function --------------------------------------------------------------------------------------------
+
+
+def test_live_model_that_is_none_or_has_no_head(tiny):
+    for model in (None, torch.nn.Linear(3, 3)):
+        with pytest.raises(trifold.core.errors.InputError, match="is not a transformers causal language model"):
+            trifold.compress(model, "w8a16")
+    with pytest.raises(trifold.core.errors.InputError, match="LlamaModel has no language-model head"):
+        trifold.compress(make_model().model, "w8a16")
+
+
+def test_live_model_that_is_quantised_or_not_finite(tiny):
+    model = trifold.compress(make_model(), "w8a16", verbosity=-1)
+    with pytest.raises(trifold.core.errors.InputError, match="already quantised"):
+        trifold.compress(model, "w8a16")
+    model = make_model()
+    with torch.no_grad():
+        model.get_parameter(LAYER)[0, 0] = torch.nan
+    with pytest.raises(trifold.core.errors.CheckpointError, match=f"{LAYER} holds NaN"):
+        trifold.compress(model, "w8a16")
+
+
+def test_calibration_that_is_no_text(tiny):
+    with pytest.raises(trifold.core.errors.CalibrationError, match="int is no text"):
+        trifold.compress(tiny(), "w4a16-gptq", 5)
+    with pytest.raises(trifold.core.errors.CalibrationError, match="no sample has 2 tokens"):
+        trifold.compress(tiny(), "w4a16-gptq", [])
 
 
 def test_unknown_option_of_the_function(tiny):

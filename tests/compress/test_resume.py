@@ -121,6 +121,19 @@ def test_interrupted_again_and_again(monkeypatch, tmp_path, arguments, whole):
     assert result(tmp_path / "out") == whole
 
 
+@pytest.mark.parametrize("recipe", ["w3a16-awq-gptaq", "w8a8"])
+def test_dense_stream_and_random_tokens_go_on_too(monkeypatch, tmp_path, tiny, text, recipe):
+    """A recipe that follows the dense model keeps a second stream; one without text draws its tokens by seed."""
+    calib = () if recipe == "w8a8" else ("--calib", text)
+    arguments = ("compress", tiny("gpt2"), "-r", recipe, *RECIPE[4:], *calib, "-o")
+    break_off(monkeypatch, journal.Journal, "write_block", 2, KeyboardInterrupt(), after=True)
+    assert trifold_cli(*arguments, tmp_path / "out")[0] == 130
+    monkeypatch.undo()
+    assert trifold_cli(*arguments, tmp_path / "out")[0] == 0
+    assert trifold_cli(*arguments, tmp_path / "whole")[0] == 0
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
 def test_the_command_to_repeat_is_quoted(monkeypatch, tmp_path, tiny, text):
     break_off(monkeypatch, journal.Journal, "write_block", 1, KeyboardInterrupt())
     settings = ("--set", "ignore=['*q_proj', '*k_proj']")
@@ -219,7 +232,7 @@ def test_changed_text_or_model_is_refused(unfinished, tmp_path, arguments, tiny)
     assert code == 2 and "calibration='" in stderr
     model = tiny("llama", rope_theta=5000.0)
     code, _, stderr = trifold_cli(*("compress", model, *arguments[2:]))
-    assert code == 2 and "source.config" in stderr
+    assert code == 2 and "source.model" in stderr
     assert contents(unfinished) == before
 
 

@@ -40,6 +40,12 @@ class Compressed:
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
 
+    def note(self, modules: Mapping[str, Spec], report: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+        """Take over what is known of other layers, without their tensors."""
+        self.modules.update(modules)
+        self.report.update(report)
+        self.digests.update(digests)
+
     def add(self, name: str, plan: LayerPlan, canonical: Canonical) -> None:
         """Pack a layer's decision."""
         fmt = FORMATS.get(format_for(canonical))

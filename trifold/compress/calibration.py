@@ -44,6 +44,8 @@ def text_windows(
         windows = windows_from_documents(
             documents, tokenizer, seqlen, limit, stride, source=os.fspath(text), vocab_size=vocabulary
         )
+    elif not isinstance(text, Iterable):
+        raise CalibrationError(f"{type(text).__name__} is no text; give a file, a dataset name, or texts or token ids")
     else:
         windows = windows_from_samples(text, tokenizer, seqlen, limit, vocab_size=vocabulary)
     return replace(windows, notices=(notice, *windows.notices)) if notice else windows

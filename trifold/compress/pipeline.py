@@ -103,9 +103,10 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path, max_shard: i
         journal.keep(f"reference-{index:05d}", {"hidden": walk.hidden[0]})
         journal.write_block(index, result, [*walk.hidden, *walk.dense], walk.carries)
     for index in range(source.block_count):
-        _merge(everything, journal.entry(index))
+        entry = journal.entry(index)
+        everything.note(entry["modules"], entry["report"], entry["digests"])
     tail, logits = walk.tail()
-    _merge(everything, vars(tail))
+    everything.note(tail.modules, tail.report, tail.digests)
     journal.keep("reference-logits", {"logits": logits})
     job.report.end()
 
@@ -114,8 +115,6 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path, max_shard: i
             yield journal.block_tensors(index)
         yield tail.tensors
 
-    for stale in partial.glob("*.safetensors"):
-        stale.unlink()
     checkpoint.write_shards(partial, units(), max_shard)
     source.copy_files(partial)
     checkpoint.write_config(partial, source.config_dict() | {"dtype": job.dtype_name}, _quantization(job, everything))
@@ -138,13 +137,15 @@ def compress_live(job: Job) -> dict[str, Any]:
         results = []
         for index in range(source.block_count):
             results.append(walk.block(index))
+            everything.note(results[-1].modules, results[-1].report, results[-1].digests)
             if job.options.inplace:
-                install(source.model, results.pop(), everything)
+                install(source.model, results.pop())
         results.append(walk.tail()[0])
+        everything.note(results[-1].modules, results[-1].report, results[-1].digests)
     finally:
         job.report.end()
     for result in results:
-        install(source.model, result, everything)
+        install(source.model, result)
     _mark(job, checkpoint.quantization_block(_quantization(job, everything)))
     return _report(job, everything, {}, {}, time.perf_counter() - started)
 
@@ -157,12 +158,6 @@ def _mark(job: Job, quantization: dict[str, Any]) -> None:
     job.source.model.config.quantization_config = config
     job.source.model.hf_quantizer = TrifoldQuantizer(config, pre_quantized=True)
     job.source.model.is_quantized = True
-
-
-def _merge(everything: Compressed, entry: Mapping[str, Any]) -> None:
-    everything.modules.update(entry["modules"])
-    everything.report.update(entry["report"])
-    everything.digests.update(entry["digests"])
 
 
 def _quantization(job: Job, everything: Compressed) -> dict[str, Any]:
@@ -240,20 +235,23 @@ def run(
         training = model.training
         model.eval()
         try:
-            return model, _run_live(job, output)
+            model.trifold_report = _run_live(job, output)
+            return model, model.trifold_report
         finally:
             model.train(training)
     if output is not None:
         return None, compress_to(job, output)
     with tempfile.TemporaryDirectory() as folder:
         written = compress_to(job, Path(folder) / "model")
-        return load(Path(folder) / "model", job.source.dtype, {"": job.source.device}), written
+        packed = load(Path(folder) / "model", job.source.dtype, {"": job.source.device})
+    packed.trifold_report = written
+    return packed, written
 
 
 def _run_live(job: Job, output: Path | None) -> dict[str, Any]:
     if output is None:
         return compress_live(job)
     report = compress_to(job, output)
-    install(job.source.model, read_compressed(output), Compressed())
+    install(job.source.model, read_compressed(output))
     _mark(job, json.loads((output / "config.json").read_text())["quantization_config"])
     return report

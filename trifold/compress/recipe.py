@@ -173,7 +173,7 @@ class Recipe(_Strict):
     nsamples: StrictInt = Field(default=128, ge=1)
     seqlen: StrictInt = Field(default=2048, ge=2)
     true_sequential: bool = True
-    seed: StrictInt = 0
+    seed: StrictInt = Field(default=0, ge=0, lt=2**63)
 
     @field_validator("steps")
     @classmethod

@@ -305,8 +305,12 @@ class FolderSource(Source):
             with safe_open(file, framework="pt") as handle:
                 for key in keys:
                     tensor = handle.get_tensor(key)
-                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    if not tensor.is_floating_point():
+                        continue
+                    if not torch.isfinite(tensor).all():
                         raise CheckpointError(f"{file}: {key} holds NaN or infinity; repair the model first")
+                    if not torch.isfinite(tensor.to(self.dtype)).all():
+                        raise InputError(f"{file}: {key} overflows {self.dtype}; choose dtype bfloat16 or float32")
 
     def fingerprint(self) -> dict[str, Any]:
         files = sorted(set(self.files.values()))
@@ -354,7 +358,7 @@ def _unused(model: Any, name: str, keys: Iterable[str]) -> tuple[str, ...]:
     odd = sorted(key for key in keys if not any(re.search(pattern, key) for pattern in known))
     if not odd:
         return ()
-    return (f"{name}: {len(odd)} stored tensors have no place in the architecture and are left out, e.g. {odd[0]}",)
+    return (f"{name}: {len(odd)} stored tensor(s) without a place in the architecture are left out, e.g. {odd[0]}",)
 
 
 class LiveSource(Source):
@@ -366,6 +370,8 @@ class LiveSource(Source):
             raise InputError(f"{type(model).__name__} is not a transformers causal language model")
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(f"{type(model).__name__} is already quantised; give the dense model")
+        if model.get_output_embeddings() is None:
+            raise InputError(f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM")
         self.model, self.tokenizer, self.inplace = model, tokenizer, inplace
         self.blocks, self.dtype, self.device = find_blocks(model), model.dtype, model.device
         self.name = Path(config._name_or_path).name or type(model).__name__

@@ -52,11 +52,8 @@ def _packed(name: str, dense: nn.Module, spec: Spec) -> PackedLinear:
     return packed.train(dense.training)
 
 
-def install(model: Any, compressed: Compressed, everything: Compressed) -> None:
-    """Put finished layers into a live model, with every parameter that compression rewrote.
-
-    `everything` collects what has been installed so far.
-    """
+def install(model: Any, compressed: Compressed) -> None:
+    """Put finished layers into a live model, with every parameter that compression rewrote."""
     replace_modules(model, compressed.modules)
     for name, tensor in compressed.tensors.items():
         path, _, leaf = name.rpartition(".")
@@ -65,6 +62,3 @@ def install(model: Any, compressed: Compressed, everything: Compressed) -> None:
             module._parameters[leaf].data = tensor.to(module._parameters[leaf].device)
         else:
             setattr(module, leaf, tensor.to(module._buffers[leaf].device))
-    everything.modules.update(compressed.modules)
-    everything.report.update(compressed.report)
-    everything.digests.update(compressed.digests)
