@@ -36,7 +36,8 @@ def compress(
     options: batch_size, dtype ("auto", "float32", ...), device, max_shard_size, fresh, inplace.
 
     Returns the compressed model, ready to run, its report at `model.trifold_report`; with `output`, and a folder
-    or hub id as the model, the report (a dict) instead. Raises InputError, ProofError or ResourceError; see `trifold.core.errors`.
+    or hub id as the model, the report (a dict) instead. Raises InputError, ProofError or
+    ResourceError; see `trifold.core.errors`.
     """
     from trifold.compress.pipeline import Options, run
     from trifold.compress.progress import Reporter

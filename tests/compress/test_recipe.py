@@ -267,3 +267,18 @@ def test_tied_head_is_refused():
     recipe = Recipe.load({"steps": [{"method": "rtn", "targets": ["lm_head"]}]})
     with pytest.raises(RecipeError, match="lm_head: shares its weight with"):
         make_plan(recipe, tied, LAYERS)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["damping=-1", "damping=.nan", "refine=-1", "norm=0", "block_size=0", "block_size=-5", "steps=0"],
+)
+def test_impossible_method_settings_are_refused(setting):
+    with pytest.raises(RecipeError, match=setting.partition("=")[0]):
+        Recipe.load("w4a16-gptq").updated([setting])
+
+
+@pytest.mark.parametrize(("recipe", "setting"), [("w4a16-awq", "grid=0"), ("w4a16-gptaq", "strength=1.5")])
+def test_impossible_settings_of_other_methods_are_refused(recipe, setting):
+    with pytest.raises(RecipeError, match=setting.partition("=")[0]):
+        Recipe.load(recipe).updated([setting])

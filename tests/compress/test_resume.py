@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import contents, trifold_cli, write_text
 from trifold.compress import checkpoint, journal, pipeline
-from trifold.compress.source import FolderSource
+from trifold.compress.folder import FolderSource
 from trifold.formats import FORMATS
 
 RECIPE = ("-r", "w3a16-awq-gptq", "--set", "group_size=32", "--nsamples", "8", "--seqlen", "32")

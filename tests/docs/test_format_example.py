@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import trifold
-from trifold.compress.source import shard_files
+from trifold.compress.files import shard_files
 from trifold.core.canonical import Quantized
 from trifold.core.scheme import Scheme
 from trifold.formats import FORMATS

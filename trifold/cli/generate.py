@@ -31,7 +31,7 @@ def generate(
     import torch
 
     from trifold.api import load, load_tokenizer
-    from trifold.compress.source import usable_device
+    from trifold.compress.files import usable_device
 
     calm(quiet=False)
     device_map = None if device is None else {"": usable_device(device)}

@@ -18,7 +18,7 @@ from trifold.core.canonical import Canonical
 from trifold.core.errors import CheckpointError
 from trifold.core.linears import set_weight, weight_of
 from trifold.core.method import BlockContext, Bounds, LayerProblem, LayerSolution, Rewrite, Statistics
-from trifold.core.obs import relative_error
+from trifold.core.obs import NotFiniteError, relative_error
 from trifold.core.scheme import Scheme, fake_quantize_per_token
 from trifold.core.statistics import Drift, Gram, Statistic
 from trifold.core.topology import Topology
@@ -209,7 +209,7 @@ class BlockCompressor:
             )
             try:
                 solution = method.solve(problem)
-            except ValueError as error:
+            except NotFiniteError as error:
                 raise CheckpointError(f"{self.prefix}{names[0]}: {error}; check the model and the text") from error
             solutions.update(dict.fromkeys(names, solution))
         return solutions

@@ -84,6 +84,8 @@ def capture_calls(model: Any, blocks: nn.ModuleList, ids: torch.Tensor) -> Captu
             model(input_ids=ids, use_cache=False)
         except _Stop:
             pass
+        except (MemoryError, OSError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
             problem = error
         finally:

@@ -14,6 +14,8 @@ import torch
 from trifold.compress import checkpoint
 from trifold.compress.block import Compressed
 from trifold.compress.calibration import Calibration, default_batch_size, random_windows, text_windows
+from trifold.compress.files import model_folder
+from trifold.compress.folder import FolderSource
 from trifold.compress.integration.load import load, read_compressed
 from trifold.compress.integration.modules import install
 from trifold.compress.job import Job, Options, versions
@@ -22,7 +24,7 @@ from trifold.compress.plan import make_plan
 from trifold.compress.progress import Reporter, resident_bytes
 from trifold.compress.proof import prove
 from trifold.compress.recipe import Recipe
-from trifold.compress.source import FolderSource, LiveSource, Source, model_folder
+from trifold.compress.source import LiveSource, Source
 from trifold.compress.summary import summarise
 from trifold.compress.walk import Walk
 from trifold.core.errors import CalibrationError, InputError, ProofError
@@ -38,6 +40,9 @@ def prepare(
     tokenizer: Any = None,
 ) -> Job:
     """Everything that can be found wrong before anything is written. Raises InputError."""
+    checkpoint.parse_size(options.max_shard_size)
+    if options.batch_size is not None and options.batch_size < 1:
+        raise InputError(f"batch_size={options.batch_size}: must be at least 1")
     if isinstance(model, str | Path):
         folder = model_folder(model)
         name = folder.name if Path(model).expanduser().is_dir() else str(model)
@@ -77,11 +82,10 @@ def compress_to(job: Job, output: Path) -> dict[str, Any]:
     checkpoint.check_partial(partial)
     if job.options.fresh:
         checkpoint.discard(partial)
-    max_shard = checkpoint.parse_size(job.options.max_shard_size)
     with checkpoint.disk_errors(partial):
         journal = Journal(partial / "journal", _fingerprint(job))
         try:
-            return _write(job, journal, partial, output, max_shard)
+            return _write(job, journal, partial, output)
         except (InputError, ProofError):
             checkpoint.discard(partial)
             raise
@@ -89,7 +93,7 @@ def compress_to(job: Job, output: Path) -> dict[str, Any]:
             job.report.end()
 
 
-def _write(job: Job, journal: Journal, partial: Path, output: Path, max_shard: int) -> dict[str, Any]:
+def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str, Any]:
     started = time.perf_counter()
     source, everything = job.source, Compressed()
     source.open_outside()
@@ -115,7 +119,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path, max_shard: i
             yield journal.block_tensors(index)
         yield tail.tensors
 
-    checkpoint.write_shards(partial, units(), max_shard)
+    checkpoint.write_shards(partial, units(), checkpoint.parse_size(job.options.max_shard_size))
     source.copy_files(partial)
     checkpoint.write_config(partial, source.config_dict() | {"dtype": job.dtype_name}, _quantization(job, everything))
     job.report.notice("proving the round trip")
@@ -169,6 +173,7 @@ def _fingerprint(job: Job) -> dict[str, Any]:
         "recipe": job.recipe.to_dict(),
         "source": job.source.fingerprint(),
         "dtype": job.dtype_name,
+        "device": str(job.source.device),
         "calibration": job.windows.digest if job.observed else None,
         "batch_size": job.batch_size,
         "threads": torch.get_num_threads(),

@@ -17,9 +17,10 @@ from safetensors import safe_open
 
 from trifold.compress.block import Compressed
 from trifold.compress.capture import Tail, capture_calls
+from trifold.compress.files import shard_files
 from trifold.compress.integration.modules import replace_modules
 from trifold.compress.journal import Journal
-from trifold.compress.source import Source, materialise_buffers, shard_files
+from trifold.compress.source import Source, materialise_buffers
 from trifold.core.errors import ProofError
 from trifold.formats import FORMATS, digest
 

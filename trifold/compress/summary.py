@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 
 from trifold.compress.checkpoint import QUANT_METHOD, check_version
-from trifold.compress.source import shard_files
+from trifold.compress.files import shard_files
 from trifold.core.errors import CheckpointError
 from trifold.formats import FORMATS, Spec, bits_per_weight, stored_bytes
 

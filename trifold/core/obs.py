@@ -16,6 +16,10 @@ DAMPING_GROWTH = 10.0
 DAMPING_TRIES = 6
 
 
+class NotFiniteError(ValueError):
+    """Statistics that hold NaN or infinity: the model's activations overflow on this text."""
+
+
 @dataclass(frozen=True)
 class Damping:
     """What it took to factorise H. ratio: the multiple of mean(diag H) that was added to the diagonal.
@@ -49,10 +53,10 @@ def inverse_cholesky(gram: torch.Tensor, ratio: float = 0.01) -> tuple[torch.Ten
     """Upper U, (in, in) float64, with UᵀU = (damped H)⁻¹, and the damping it took.
 
     Damping grows tenfold while H is not positive definite; at last H is replaced by its diagonal, so a
-    finite Gram never fails. Raises ValueError if the Gram holds NaN or infinity.
+    finite Gram never fails. Raises NotFiniteError if the Gram holds NaN or infinity.
     """
     if not torch.isfinite(gram).all():
-        raise ValueError("the calibration statistics hold NaN or infinity")
+        raise NotFiniteError("the calibration statistics hold NaN or infinity")
     dead = int((gram.diagonal() <= 0).sum())
     for attempt in range(DAMPING_TRIES):
         tried = ratio * DAMPING_GROWTH**attempt if ratio else (0.0 if not attempt else 1e-8 * 100.0**attempt)

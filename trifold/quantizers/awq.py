@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from trifold.core.errors import RecipeError
 from trifold.core.method import METHODS, BlockContext, BlockMethod, Bounds, Rewrite
 from trifold.core.ranges import expand_groups, fit_ranges, from_bounds, group_view, to_codes
 from trifold.core.scheme import Scheme
@@ -39,6 +40,10 @@ class AWQ(BlockMethod):
     grid: int = 20
     clip: bool = True
     objective: Literal["gram", "module"] = "gram"
+
+    def __post_init__(self) -> None:
+        if self.grid < 1:
+            raise RecipeError(f"grid={self.grid}: at least 1 is needed; 20 is usual")
 
     def rewrite(self, context: BlockContext, carry: Any) -> tuple[Rewrite, Any]:
         work = _Work(context)

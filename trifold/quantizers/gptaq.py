@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 
+from trifold.core.errors import RecipeError
 from trifold.core.method import METHODS, LayerProblem, LayerSolution
 from trifold.core.obs import damped
 from trifold.core.statistics import Drift, Gram, Statistic
@@ -31,6 +32,11 @@ class GPTAQ(GPTQ):
     needs: ClassVar[tuple[type[Statistic], ...]] = (Gram, Drift)
 
     strength: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.strength <= 1:
+            raise RecipeError(f"strength={self.strength} is outside 0..1; 0.25 is the paper's")
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
         assert problem.gram is not None and problem.drift is not None

@@ -6,6 +6,7 @@ arXiv 2210.17323. Then, beyond the paper, scales and codes are refined on the sa
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -13,6 +14,7 @@ from typing import ClassVar
 import torch
 
 from trifold.core.canonical import Quantized
+from trifold.core.errors import RecipeError
 from trifold.core.method import METHODS, Bounds, LayerMethod, LayerProblem, LayerSolution
 from trifold.core.obs import Damping, damped, inverse_cholesky, sweep
 from trifold.core.ranges import Ranges, fit_ranges, to_codes
@@ -45,6 +47,15 @@ class GPTQ(LayerMethod):
     steps: int = 20
     refine: int = 2
     block_size: int = 128
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise RecipeError(f"damping={self.damping}: must be 0 or more; 0.01 is usual")
+        if self.block_size < 1 or self.refine < 0 or self.steps < 1:
+            chosen = f"block_size={self.block_size}, refine={self.refine}, steps={self.steps}"
+            raise RecipeError(f"{chosen}: at least 1, 0 and 1 are needed")
+        if not 0 < self.norm < math.inf:
+            raise RecipeError(f"norm={self.norm}: must be above 0; 2.4 and 4 are usual")
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
         assert problem.gram is not None

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from trifold.compress.block import Compressed
-from trifold.compress.source import float_dtype, model_folder, reason, shard_files
+from trifold.compress.files import float_dtype, model_folder, reason, shard_files
 from trifold.core.errors import CheckpointError
 
 

@@ -1,0 +1,85 @@
+"""Model folders and their files; names of dtypes and devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from trifold.core.errors import CheckpointError, InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def reason(error: BaseException) -> str:
+    """What a foreign error says, on one line."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+
+
+def model_folder(model: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """A local folder for a folder name or a hub id (downloaded, or from the cache when offline).
+
+    Raises CheckpointError if there is no such folder and the hub has no such model or cannot be reached.
+    """
+    name = os.fspath(model)
+    path = Path(os.path.expanduser(name))
+    if name and os.path.isdir(path):
+        return path
+    if os.path.exists(path) or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise CheckpointError(f"{name!r}: no such model folder (a hub id looks like 'organisation/name')")
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
+    except Exception as error:
+        offline = "it is not in the cache, and HF_HUB_OFFLINE is set"
+        why = offline if constants.HF_HUB_OFFLINE else reason(error)
+        raise CheckpointError(f"{name}: no such folder, and the hub does not give it ({why})") from error
+
+
+def shard_files(folder: Path) -> dict[str, Path]:
+    """Tensor key -> file, from the index or the single file, each header read. Raises CheckpointError."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not a valid index ({reason(error)}); copy the model again") from error
+    elif (folder / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    else:
+        raise CheckpointError(f"{folder}: no model.safetensors; convert the model to safetensors first")
+    files: dict[str, Path] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: named in the index but missing; copy the model again")
+        try:
+            with safe_open(folder / name, framework="pt") as handle:
+                files.update(dict.fromkeys(handle.keys(), folder / name))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{folder / name}: truncated or not safetensors ({reason(error)}); copy the model again"
+            ) from error
+    return files
+
+
+def float_dtype(name: str | torch.dtype) -> torch.dtype:
+    """A dtype by name or as it is. Raises InputError unless it is a float of 16 or 32 bits."""
+    dtype = DTYPES.get(name) if isinstance(name, str) else name
+    if dtype is None or dtype not in DTYPES.values():
+        raise InputError(f"dtype={name!r}: use auto, {', '.join(DTYPES)}")
+    return dtype
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name. Raises InputError if this machine has none."""
+    try:
+        return torch.empty(1, device=name).device
+    except Exception as error:  # each backend has its own
+        raise InputError(
+            f"--device {name}: cannot be used here ({reason(error)}); give another, such as cpu"
+        ) from error
