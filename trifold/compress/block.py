@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trifold.compress.memory import give_back
 from trifold.compress.plan import LayerPlan, Plan
 from trifold.compress.runner import BlockRunner
 from trifold.core.canonical import Canonical
@@ -177,6 +178,7 @@ class BlockCompressor:
                 self._settle(name, solutions[name], gram, seconds)
             for runner in filter(None, (self.runner, self.dense)):
                 runner.finish(stage)
+            give_back()
         return self.done
 
     def _statistics(

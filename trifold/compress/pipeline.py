@@ -20,8 +20,9 @@ from trifold.compress.integration.load import load, read_compressed
 from trifold.compress.integration.modules import install
 from trifold.compress.job import Job, Options, versions
 from trifold.compress.journal import Journal
+from trifold.compress.memory import resident_bytes
 from trifold.compress.plan import make_plan
-from trifold.compress.progress import Reporter, resident_bytes
+from trifold.compress.progress import Reporter
 from trifold.compress.proof import prove
 from trifold.compress.recipe import Recipe
 from trifold.compress.source import LiveSource, Source

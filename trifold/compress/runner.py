@@ -8,7 +8,6 @@ alone, on the input that was observed. So the sequential protocol costs one forw
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from trifold.compress.capture import Call
+from trifold.compress.memory import free_bytes
 from trifold.core.method import Statistics
 from trifold.core.observe import Enough, Memory, remembered, watch
 from trifold.core.statistics import Observation
@@ -42,7 +42,7 @@ class BlockRunner:
         self._final: set[str] = set()
         self._outputs = [Memory() for _ in hidden]
         self._inputs = [Memory() for _ in hidden]
-        self._budget = _free_memory() * MEMORY_SHARE if memory is None else memory
+        self._budget = free_bytes() * MEMORY_SHARE if memory is None else memory
         self._held = 0
         self._repeated = False  # a linear runs several times a forward: then nothing is remembered
         self._endings: dict[str, tuple[str, Any]] = {}
@@ -132,7 +132,8 @@ class BlockRunner:
 
         def see(name: str, x: torch.Tensor) -> None:
             seen[name].append(x.reshape(-1, x.shape[-1]))
-            if len(names) == 1 and name in ends and self._held < self._budget:
+            slim = x.shape[-1] <= self.hidden[batch].shape[-1]  # an MLP's inside is several times as wide
+            if len(names) == 1 and name in ends and slim and self._held < self._budget:
                 self._inputs[batch].keep(name, x)
             if all(seen.values()) and not self._repeated:
                 raise Enough
@@ -198,10 +199,3 @@ def _like(output: Any) -> Any:
         rest = output[1:]
         return lambda tensor: (tensor, *rest)
     return lambda tensor: tensor
-
-
-def _free_memory() -> int:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, AttributeError, OSError):  # not on this system
-        return 2**31
