@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from trifold.compress.integration.load import load, load_tokenizer
-from trifold.core.errors import InputError
+from trifold.core.errors import CheckpointError, InputError
 
 
 def compress(
@@ -80,7 +81,9 @@ def evaluate(
 
     trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     if tokenizer is None and isinstance(model, str | os.PathLike):
-        tokenizer = load_tokenizer(model, **trust)
+        needed = isinstance(text, str | os.PathLike)
+        with contextlib.nullcontext() if needed else contextlib.suppress(CheckpointError):
+            tokenizer = load_tokenizer(model, **trust)
     model = load(model, dtype=dtype, **trust) if isinstance(model, str | os.PathLike) else model
     windows = text_windows(text, tokenizer, model.config, max_windows, seqlen, stride, option="--text")
     baseline = load(baseline, dtype=dtype, **trust) if isinstance(baseline, str | os.PathLike) else baseline

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trifold.compress.capture import Call
 from trifold.compress.memory import give_back
 from trifold.compress.plan import LayerPlan, Plan
 from trifold.compress.runner import BlockRunner
@@ -20,6 +22,7 @@ from trifold.core.errors import CheckpointError
 from trifold.core.linears import set_weight, weight_of
 from trifold.core.method import BlockContext, Bounds, LayerProblem, LayerSolution, Rewrite, Statistics
 from trifold.core.obs import NotFiniteError, relative_error
+from trifold.core.observe import first_tensor
 from trifold.core.scheme import Scheme, fake_quantize_per_token
 from trifold.core.statistics import Drift, Gram, Statistic
 from trifold.core.topology import Topology
@@ -75,6 +78,7 @@ class BlockCompressor:
         layer_done: LayerDone,
     ) -> None:
         self.dense: BlockRunner | None = None
+        self._hooks: list[Any] = []
         self.module, self.prefix, self.plan, self.runner = module, prefix, plan, runner
         self.observed, self.layer_done = observed, layer_done
         self.weights = {name: weight_of(m).float().clone() for name, m in runner.linears.items()}
@@ -156,11 +160,21 @@ class BlockCompressor:
         for name, event in change.events.items():
             self.events.setdefault(name, {}).update(event)
 
-    def follow_dense(self, hidden: Sequence[torch.Tensor]) -> BlockRunner:
+    @contextmanager
+    def rounded_inputs(self) -> Iterator[None]:
+        """While it lasts, solved layers with an input scheme see rounded activations."""
+        try:
+            yield
+        finally:
+            for handle in self._hooks:
+                handle.remove()
+            self._hooks.clear()
+
+    def follow_dense(self, calls: Sequence[Call], hidden: Sequence[torch.Tensor]) -> BlockRunner:
         """Keep the block as it is now beside the one that is being compressed, on the dense hidden states."""
         dense = copy.deepcopy(self.module)
         linears = {name: dense.get_submodule(name) for name in self.runner.linears}
-        self.dense = BlockRunner(dense, linears, self.runner.calls, hidden)
+        self.dense = BlockRunner(dense, linears, calls, hidden)
         return self.dense
 
     # -- layer methods ---------------------------------------------------------------------------------
@@ -222,7 +236,11 @@ class BlockCompressor:
         set_weight(module, weight)
         if plan.input is not None:
             rounding = partial(fake_quantize_per_token, scheme=plan.input)
-            module.register_forward_pre_hook(lambda _m, args: (rounding(args[0]), *args[1:]))
+            self._hooks.append(
+                module.register_forward_pre_hook(
+                    lambda _m, args, kwargs: ((rounding(first_tensor(args, kwargs)),), {}), with_kwargs=True
+                )
+            )
         self.done.add(self.prefix + name, plan, canonical)
         metric = gram if gram is not None else torch.eye(weight.shape[1], device=weight.device)
         entry = {
@@ -237,10 +255,13 @@ class BlockCompressor:
         self.layer_done(self.prefix + name, entry)
 
 
-def dense_tensors(module: nn.Module, prefix: str, solved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """What stays as it is: every persistent tensor but the solved weights, by full name."""
+def dense_tensors(
+    module: nn.Module, prefix: str, solved: Mapping[str, Any], only: Container[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """What stays as it is: every persistent tensor but the solved weights, by full name; of `only` these."""
     return {
         prefix + name: tensor.detach().clone()
         for name, tensor in module.state_dict().items()
-        if (prefix + name).removesuffix(".weight") not in solved or not name.endswith(".weight")
+        if (only is None or name in only)
+        and ((prefix + name).removesuffix(".weight") not in solved or not name.endswith(".weight"))
     }

@@ -36,6 +36,19 @@ class Call:
         return out[0] if isinstance(out, tuple | list) else out
 
 
+def own_state(calls: list[Call]) -> list[Call]:
+    """The same calls with mappings of their own, for a second stream over the same batch.
+
+    Some decoders pass one dict to all blocks, in which early blocks leave keys and values for later ones.
+    """
+    copies: dict[int, dict[Any, Any]] = {}
+
+    def own(value: Any) -> Any:
+        return copies.setdefault(id(value), dict(value)) if isinstance(value, dict) else value
+
+    return [Call(tuple(map(own, c.args)), {k: own(v) for k, v in c.kwargs.items()}, c.positional) for c in calls]
+
+
 class _Stub(nn.Module):
     def __init__(self, block: nn.Module, seen: list[tuple[torch.Tensor, Call]], last: bool, as_tuple: bool):
         super().__init__()

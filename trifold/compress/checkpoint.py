@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from trifold.compress.journal import save_synced, write_synced
+from trifold.compress.journal import save_synced, sync_folder, write_synced
 from trifold.core.errors import CheckpointError, InputError, ResourceError
 
 FORMAT_VERSION = "1.0"
@@ -53,9 +53,20 @@ def check_partial(partial: Path) -> None:
 
 
 def _ours(partial: Path) -> bool:
-    """Whether the folder holds our journal, or nothing but the beginning of one."""
+    """Whether the folder holds our journal, or nothing but the beginning of one, or a finished checkpoint."""
+    if finished_report(partial) is not None:
+        return True
     begun = {"journal", "fingerprint.json.tmp"}
     return (partial / "journal" / "fingerprint.json").exists() or all(p.name in begun for p in partial.rglob("*"))
+
+
+def finished_report(partial: Path) -> dict[str, Any] | None:
+    """The report of a run that was broken off after its proof, when only the rename was missing."""
+    try:
+        report = json.loads((partial / "report.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) and "fingerprint" in report else None
 
 
 @contextmanager
@@ -150,11 +161,7 @@ def publish(partial: Path, output: Path) -> None:
     if output.exists():
         output.rmdir()
     os.replace(partial, output)
-    descriptor = os.open(output.absolute().parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(output.absolute().parent)
 
 
 def discard(partial: Path) -> None:

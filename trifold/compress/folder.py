@@ -192,9 +192,13 @@ class FolderSource(Source):
         }
 
     def copy_files(self, destination: Path) -> None:
-        for file in sorted(self.folder.iterdir()):
-            if file.is_file() and file.name != "config.json" and not file.name.endswith(_WEIGHT_FILES):
-                shutil.copyfile(file, destination / file.name)
+        for file in sorted(self.folder.rglob("*")):
+            place = file.relative_to(self.folder)
+            hidden = any(part.startswith(".") for part in place.parts)
+            if hidden or not file.is_file() or place == Path("config.json") or file.name.endswith(_WEIGHT_FILES):
+                continue
+            (destination / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, destination / place)
 
     def config_dict(self) -> dict[str, Any]:
         return json.loads((self.folder / "config.json").read_text())

@@ -71,6 +71,7 @@ class Journal:
             "carries": carries,
         }
         write_synced(self._json(block), json.dumps(entry, sort_keys=True).encode())
+        sync_folder(self.folder)
         self._hidden(block).unlink(missing_ok=True)
         self.done = block + 1
 
@@ -127,6 +128,15 @@ def save_synced(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     with open(aside, "rb") as handle:
         os.fsync(handle.fileno())
     os.replace(aside, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_synced(path: Path, data: bytes) -> None:

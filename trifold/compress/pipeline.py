@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import time
@@ -46,7 +47,7 @@ def prepare(
         raise InputError(f"batch_size={options.batch_size}: must be at least 1")
     if isinstance(model, str | Path):
         folder = model_folder(model)
-        name = folder.name if Path(model).expanduser().is_dir() else str(model)
+        name = folder.resolve().name if Path(model).expanduser().is_dir() else str(model)
         source: Source = FolderSource(folder, name, options.dtype, options.trust_remote_code, _device(options.device))
     elif options.dtype != "auto" or options.device != "auto":
         raise InputError("dtype and device are the model's own for a live model; move or cast it before")
@@ -83,8 +84,16 @@ def compress_to(job: Job, output: Path) -> dict[str, Any]:
     checkpoint.check_partial(partial)
     if job.options.fresh:
         checkpoint.discard(partial)
+    fingerprint = _fingerprint(job)
     with checkpoint.disk_errors(partial):
-        journal = Journal(partial / "journal", _fingerprint(job))
+        report = checkpoint.finished_report(partial)
+        if report is not None and report["fingerprint"] == _stamp(fingerprint):
+            checkpoint.discard(partial / "journal")
+            checkpoint.publish(partial, output)
+            return report
+        if report is not None and not (partial / "journal").exists():
+            raise InputError(f"{partial}: the finished result of another run; --fresh starts over, or move it away")
+        journal = Journal(partial / "journal", fingerprint)
         try:
             return _write(job, journal, partial, output)
         except (InputError, ProofError):
@@ -99,6 +108,8 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     source, everything = job.source, Compressed()
     source.open_outside()
     walk = Walk(job)
+    if walk.shares_state:
+        journal.done = 0  # blocks read what earlier ones left in memory, so none can be skipped
     if journal.done:
         job.report.notice(f"going on after block {journal.done} of {source.block_count}")
         walk.resume([journal.entry(i) for i in range(journal.done)], journal.hidden())
@@ -127,6 +138,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     proof = prove(partial, everything, journal, job.ids[0], source)
     sizes = {name: value for name, value in summarise(partial).items() if name != "layers"}
     report = _report(job, everything, sizes, proof, time.perf_counter() - started)
+    report["fingerprint"] = _stamp(_fingerprint(job))
     checkpoint.write_report(partial, report)
     journal.remove()
     checkpoint.publish(partial, output)
@@ -181,6 +193,10 @@ def _fingerprint(job: Job) -> dict[str, Any]:
         "max_shard_size": job.options.max_shard_size,
         "versions": versions(),
     }
+
+
+def _stamp(fingerprint: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
 def _report(
@@ -238,18 +254,20 @@ def run(
         checkpoint.check_output(output)
     job = prepare(model, recipe, calibration, options, report, tokenizer)
     if isinstance(job.source, LiveSource):
-        training = model.training
+        training = [module for module in model.modules() if module.training]
         model.eval()
         try:
             model.trifold_report = _run_live(job, output)
             return model, model.trifold_report
         finally:
-            model.train(training)
+            for module in training:
+                module.training = True
     if output is not None:
         return None, compress_to(job, output)
     with tempfile.TemporaryDirectory() as folder:
         written = compress_to(job, Path(folder) / "model")
-        packed = load(Path(folder) / "model", job.source.dtype, {"": job.source.device})
+        trust = {"trust_remote_code": True} if options.trust_remote_code else {}
+        packed = load(Path(folder) / "model", job.source.dtype, {"": job.source.device}, **trust)
     packed.trifold_report = written
     return packed, written
 

@@ -101,7 +101,7 @@ def _bit_equal(folder: Path, decided: Compressed) -> None:
 
 def _skeleton(source: Source, decided: Compressed) -> Any:
     with torch.device("meta"):
-        model = type(source.model)(copy.deepcopy(source.config)).to(source.dtype).eval()
+        model = type(source.model)._from_config(copy.deepcopy(source.config), dtype=source.dtype).eval()
     materialise_buffers(model, source.device)
     replace_modules(model, decided.modules)
     return model

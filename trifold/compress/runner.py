@@ -1,9 +1,10 @@
-"""Running one block over the calibration batches in stages, each linear once.
+"""Running one block over the calibration batches in stages, without running anything needlessly twice.
 
 Linears that see the same input form a stage. A stage's inputs are observed with everything before it already
 compressed; then its own weights become final. What is final is not run again: the outputs of finished
 submodules are remembered, and a submodule that ends with a linear (attention, MLP) is finished by that linear
-alone, on the input that was observed. So the sequential protocol costs one forward pass.
+alone, on the input that was observed, unless that is wider than the hidden states. So the sequential protocol
+costs little more than one forward pass.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ MEMORY_SHARE = 0.25  # of the memory free at the start of a block may hold remem
 class BlockRunner:
     """One block, its calls and the hidden states that enter it: (batch, seq, hidden) per batch.
 
-    stages: names of linears that share an input, in order of execution; the first leads.
+    stages: names of linears that share an input, in order of execution; the first leads. bypassed: linears
+    whose parent ran without calling them (it reads their weight itself), so that they have to stay dense.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class BlockRunner:
         self._inputs = [Memory() for _ in hidden]
         self._budget = free_bytes() * MEMORY_SHARE if memory is None else memory
         self._held = 0
-        self._repeated = False  # a linear runs several times a forward: then nothing is remembered
+        self._plainly = False  # run everything each time: what a linear sees cannot be told from one forward
         self._endings: dict[str, tuple[str, Any]] = {}
         self.stages = self._probe()
 
@@ -53,39 +55,45 @@ class BlockRunner:
         """One forward that finds the stages, and which submodules end with which linear."""
         stages: dict[tuple[Any, ...], list[str]] = {}
         alive: list[torch.Tensor] = []  # so that no address is used twice
-        produced: dict[tuple[int, int], str] = {}
+        produced: dict[tuple[Any, ...], str] = {}
+        ran: set[str] = set()
 
         def see(name: str, x: torch.Tensor) -> None:
             if any(name in names for names in stages.values()):
-                self._repeated = True
+                self._plainly = True
                 return
             alive.append(x)
-            stages.setdefault((x.data_ptr(), x.shape, x.stride(), x._version), []).append(name)
+            stages.setdefault(_identity(x), []).append(name)
 
         def returned(name: str) -> Any:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                ran.add(name)
                 first, *rest = output if isinstance(output, tuple) and output else (output,)
                 if not isinstance(first, torch.Tensor) or any(value is not None for value in rest):
                     return
                 alive.append(first)
-                key = (first.data_ptr(), first._version)
+                key = _identity(first)
                 if name in self.linears:
                     produced[key] = name
-                elif produced.get(key, "").startswith(name + "."):
+                elif name and produced.get(key, "").startswith(name + "."):
                     self._endings[name] = produced[key], output
 
             return hook
 
         with ExitStack() as stack:
             for name, module in self.block.named_modules():
-                if name in self.linears or any(n.startswith(name + ".") for n in self.linears if name):
+                if not name or any(n == name or n.startswith(name + ".") for n in self.linears):
                     stack.callback(module.register_forward_hook(returned(name)).remove)
             with watch(self.linears, see):
                 self.calls[0].run(self.block, self.hidden[0])
-        structure = {name: (linear, _like(output)) for name, (linear, output) in self._endings.items()}
-        self._endings = structure
-        unseen = [[name] for name in self.linears if not any(name in names for names in stages.values())]
-        return [*stages.values(), *unseen]
+        self._endings = {name: (linear, _like(output)) for name, (linear, output) in self._endings.items()}
+        unseen = [name for name in self.linears if not any(name in names for names in stages.values())]
+        self.bypassed = [name for name in unseen if name.rpartition(".")[0] in ran]
+        for name in self.bypassed:
+            del self.linears[name]
+        unseen = [name for name in unseen if name not in self.bypassed]
+        self._plainly |= bool(unseen)
+        return [*stages.values(), *([name] for name in unseen)]
 
     def _settled(self) -> dict[str, nn.Module]:
         """The outermost submodules whose linears are all final, and final linears outside of them."""
@@ -101,7 +109,7 @@ class BlockRunner:
     @contextmanager
     def _shortcuts(self, batch: int) -> Iterator[None]:
         """Skip what is settled and known for this batch, and remember what is settled and new."""
-        if self._repeated:
+        if self._plainly:
             yield
             return
         outputs, inputs, settled = self._outputs[batch], self._inputs[batch], self._settled()
@@ -135,7 +143,7 @@ class BlockRunner:
             slim = x.shape[-1] <= self.hidden[batch].shape[-1]  # an MLP's inside is several times as wide
             if len(names) == 1 and name in ends and slim and self._held < self._budget:
                 self._inputs[batch].keep(name, x)
-            if all(seen.values()) and not self._repeated:
+            if all(seen.values()) and not self._plainly:
                 raise Enough
 
         watching = watch({name: self.linears[name] for name in names}, see)
@@ -155,7 +163,8 @@ class BlockRunner:
             beside = dense.inputs(batch, names) if dense is not None else None
             for name, accumulators in statistics.items():
                 for call, x in enumerate(seen[name]):
-                    observation = Observation(x, beside[name][call] if beside is not None else None)
+                    x_dense = None if beside is None else _beside(beside[name], call, x, self.hidden[batch])
+                    observation = Observation(x, x_dense)
                     for statistic in accumulators:
                         statistic.update(observation)
 
@@ -165,13 +174,20 @@ class BlockRunner:
 
     @torch.no_grad()
     def outputs(self) -> list[torch.Tensor]:
-        """The block's hidden states, per batch, with the weights as they are now."""
-        results = []
+        """The block's hidden states, per batch, with the weights as they are now.
+
+        The last batch is also run without what was remembered; should a block be so made that the two differ,
+        all batches are.
+        """
+        last = self.calls[-1].run(self.block, self.hidden[-1])
+        results: list[torch.Tensor] = []
         for batch, (call, hidden) in enumerate(zip(self.calls, self.hidden, strict=True)):
             with self._shortcuts(batch):
                 results.append(call.run(self.block, hidden))
             self._outputs[batch], self._inputs[batch] = Memory(), Memory()
-        return results
+        if self._plainly or torch.equal(results[-1], last):
+            return results
+        return [call.run(self.block, hidden) for call, hidden in zip(self.calls, self.hidden, strict=True)]
 
     @torch.no_grad()
     def sample(self, name: str, batches: int = 1) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -191,6 +207,17 @@ class BlockRunner:
         finally:
             handle.remove()
         return found
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What two names for the same values have in common."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor._version
+
+
+def _beside(dense: list[torch.Tensor], call: int, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The same tokens in the dense stream; where routing chooses tokens, they cannot be paired: no drift."""
+    routed = len(x) != hidden[..., 0].numel()
+    return x if routed or call >= len(dense) or dense[call].shape != x.shape else dense[call]
 
 
 def _like(output: Any) -> Any:

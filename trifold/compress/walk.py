@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from trifold.compress.block import BlockCompressor, Compressed, dense_tensors
-from trifold.compress.capture import Call, Tail, capture_calls
+from trifold.compress.capture import Call, Tail, capture_calls, own_state
 from trifold.compress.job import Job
 from trifold.compress.runner import BlockRunner
 from trifold.core.linears import linears
@@ -29,6 +30,9 @@ class Walk:
         self.as_tuple = captured[0].as_tuple
         self.hidden = [c.hidden for c in captured]
         self.dense = list(self.hidden) if job.plan.follows_dense else []
+        self.dense_calls = [own_state(calls) for calls in self.calls] if self.dense else []
+        values = [v for calls in self.calls for c in calls for v in (*c.args, *c.kwargs.values())]
+        self.shares_state = any(isinstance(value, dict) for value in values)
         self.finished = 0
 
     def resume(self, entries: list[dict[str, Any]], hidden: list[torch.Tensor]) -> None:
@@ -44,11 +48,16 @@ class Walk:
         block = source.open_block(index)
         targets = {n: m for n, m in linears(block).items() if prefix + n in job.plan.layers}
         runner = BlockRunner(block, targets, [calls[index] for calls in self.calls], self.hidden)
+        for name in runner.bypassed:
+            job.report.notice(f"{prefix}{name}: its weight is used without calling it, so it stays dense")
         compressor = BlockCompressor(block, prefix, job.plan, runner, job.observed, job.report.layer)
         compressor.rewrite(job.topology, self.carries)
-        dense = compressor.follow_dense(self.dense) if self.dense else None
-        result = compressor.solve(job.recipe.true_sequential)
-        self.hidden, self.dense = runner.outputs(), dense.outputs() if dense else []
+        dense = None
+        if self.dense:
+            dense = compressor.follow_dense([calls[index] for calls in self.dense_calls], self.dense)
+        with compressor.rounded_inputs():
+            result = compressor.solve(job.recipe.true_sequential)
+            self.hidden, self.dense = runner.outputs(), dense.outputs() if dense else []
         result.tensors.update(dense_tensors(block, prefix, result.modules))
         source.close_block(index)
         self.finished += 1
@@ -65,15 +74,20 @@ class Walk:
         outside = {n: m for n, m in outside.items() if not n.startswith(prefix)}
         calls = [Call((ids.to(source.device),), {}, True) for ids in job.ids]
         result = Compressed()
-        if outside:
-            runner = BlockRunner(tail, outside, calls, self.hidden)
-            compressor = BlockCompressor(tail, "", job.plan, runner, job.observed, job.report.layer)
-            compressor.dense = BlockRunner(tail, outside, calls, self.dense) if self.dense else None
-            result = compressor.solve(False)
-        with torch.no_grad():
-            logits = calls[0].run(tail, self.hidden[0])
+        before = {name: module.get_parameter("weight").data for name, module in outside.items()}
+        try:
+            with ExitStack() as stack, torch.no_grad():
+                if outside:
+                    runner = BlockRunner(tail, outside, calls, self.hidden)
+                    compressor = BlockCompressor(tail, "", job.plan, runner, job.observed, job.report.layer)
+                    compressor.dense = BlockRunner(tail, outside, calls, self.dense) if self.dense else None
+                    stack.enter_context(compressor.rounded_inputs())
+                    result = compressor.solve(False)
+                logits = calls[0].run(tail, self.hidden[0])
+        finally:  # a live model is changed only at completion
+            for name, weight in before.items():
+                outside[name].get_parameter("weight").data = weight
         tied = getattr(source.model, "all_tied_weights_keys", None) or {}
-        for name, tensor in dense_tensors(source.model, "", result.modules).items():
-            if not name.startswith(prefix) and name not in tied:
-                result.tensors[name] = tensor
+        kept = {n for n in source.model.state_dict() if not n.startswith(prefix) and n not in tied}
+        result.tensors.update(dense_tensors(source.model, "", result.modules, kept))
         return result, logits

@@ -31,6 +31,7 @@ class Statistics:
     """The accumulators of one layer input, by type."""
 
     def __init__(self, kinds: Sequence[type[Statistic]], in_features: int, device: torch.device | str = "cpu"):
+        self.in_features = in_features
         self._by_kind = {kind: kind(in_features, device) for kind in kinds}
 
     def __iter__(self):

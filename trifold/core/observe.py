@@ -72,8 +72,9 @@ class Memory:
         return self._held[name][0]
 
     def keep(self, name: str, value: Any) -> None:
-        """Hold an output."""
-        self._held[name] = value, [t._version for t in _tensors(value)]
+        """Hold an output, if it is made of tensors alone, whose changes can be noticed."""
+        if _watchable(value):
+            self._held[name] = value, [t._version for t in _tensors(value)]
 
     def forget(self, name: str) -> None:
         """Let go of an output."""
@@ -112,6 +113,12 @@ def remembered(modules: Mapping[str, nn.Module], memory: Memory, keep: Callable[
             del module.forward
             if own[name] is not None:
                 module.forward = own[name]
+
+
+def _watchable(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return type(value) in (tuple, list) and all(_watchable(v) for v in value)
+    return value is None or isinstance(value, torch.Tensor)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

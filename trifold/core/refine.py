@@ -11,6 +11,7 @@ import torch
 from trifold.core.ranges import expand_groups, round_scale
 from trifold.core.scheme import Scheme
 
+_SYSTEM_ELEMENTS = 2**22  # of the linear systems that are held at once
 _TRUST = 3.0  # a refitted scale this many times larger or smaller is not believed
 
 
@@ -45,6 +46,10 @@ def refit_scales(
     One linear system per row. Where it is singular or its solution far away, the old scale stays; a row whose
     loss would not fall (scales are stored rounded) keeps all of them.
     """
+    rows = max(1, _SYSTEM_ELEMENTS // scale.shape[1] ** 2)
+    if len(weight) > rows:
+        parts = zip(weight.split(rows), levels.split(rows), scale.split(rows), strict=True)
+        return torch.cat([refit_scales(w, hessian, part, s, scheme) for w, part, s in parts])
     columns, width = weight.shape[1], scheme.group_width(weight.shape[1])
     starts = range(0, columns, width)
     target = weight @ hessian

@@ -78,6 +78,7 @@ def evaluate(
 
     Raises InputError if the vocabularies differ or, with `speed`, if the model has no KV cache.
     """
+    tokens_per_s = decode_speed(model) if speed else None  # first, since it may refuse
     scores = evaluate_windows(model, windows, baseline, batch_size)
     divergence = scores.divergence
     return EvalReport(
@@ -86,7 +87,7 @@ def evaluate(
         tokens=scores.model.tokens,
         kl=None if divergence is None else divergence.kl,
         top1_agreement=None if divergence is None else divergence.top1_agreement,
-        decode_tokens_per_s=decode_speed(model) if speed else None,
+        decode_tokens_per_s=tokens_per_s,
         peak_memory_bytes=peak_memory_bytes(device_of(model)),
         windows=len(windows.ids),
         seqlen=windows.seqlen,

@@ -48,7 +48,8 @@ class AWQ(BlockMethod):
     def rewrite(self, context: BlockContext, carry: Any) -> tuple[Rewrite, Any]:
         work = _Work(context)
         for fold in context.topology.folds:
-            if all(name in work.weights and name in work.schemes for name in fold.consumers):
+            known = all(name in work.weights and name in work.schemes for name in fold.consumers)
+            if known and (fold.kind != "value" or work.heads(fold)):
                 self._scale(fold, work)
         if self.clip:
             for name in work.schemes:
@@ -120,8 +121,8 @@ class _Work:
 
     def divided_by(self, name: str) -> torch.Tensor:
         """What the input of this linear has been divided by so far."""
-        columns = self.weights[name].shape[1]
-        return self.divided.get(name, torch.ones(columns, device=self.weights[name].device))
+        statistics = self.context.statistics[self.context.inputs[name]]
+        return self.divided.get(name, torch.ones(statistics.in_features, device=statistics.gram.device))
 
     def gram(self, name: str) -> torch.Tensor:
         """(in, in) float32, per token, of the input as it is now."""
@@ -144,7 +145,7 @@ class _Work:
         and the scale that undoes the rounded one exactly is used.
         """
         if fold.kind == "value":
-            return _expand_heads(_pool_heads(scale, fold, self), fold, self)
+            return self._per_query(self._per_value(scale, fold), fold)
         if fold.kind == "norm":
             weight = self.parameter(f"{fold.producer}.weight")
             assert weight is not None
@@ -153,9 +154,35 @@ class _Work:
             return torch.where(torch.isfinite(exact) & (exact > 0), exact, torch.ones_like(exact))
         return scale
 
+    def heads(self, fold: Fold) -> tuple[int, int, int] | None:
+        """(value heads, query heads of each, features of a head), or None if they cannot be told."""
+        dense = self.parameter(f"{fold.producer}.weight")
+        producer = self.weights.get(fold.producer, dense)
+        if producer is None or producer.dim() != 2:
+            return None
+        produced, consumed = len(producer), self.weights[fold.consumers[0]].shape[1]
+        if produced == consumed:
+            return 1, 1, produced
+        head = self.context.topology.head_dim
+        if not head or produced % head or consumed % produced:
+            return None
+        return produced // head, consumed // produced, head
+
+    def _per_value(self, scale: torch.Tensor, fold: Fold) -> torch.Tensor:
+        """(query heads x head,) -> (value heads x head,): the geometric mean over a group's query heads."""
+        heads = self.heads(fold)
+        assert heads is not None
+        return scale.reshape(heads).log().mean(1).exp().reshape(-1)
+
+    def _per_query(self, scale: torch.Tensor, fold: Fold) -> torch.Tensor:
+        """The inverse: each value head's scale, repeated for its query heads."""
+        heads = self.heads(fold)
+        assert heads is not None
+        return scale.reshape(heads[0], 1, heads[2]).expand(heads).reshape(-1)
+
     def apply(self, fold: Fold, scale: torch.Tensor) -> None:
         """Divide the producer's output by `scale` and multiply the consumers' columns by it."""
-        rows = _pool_heads(scale, fold, self) if fold.kind == "value" else scale
+        rows = self._per_value(scale, fold) if fold.kind == "value" else scale
         if fold.producer in self.weights:
             self.weights[fold.producer] = self.weights[fold.producer] / rows[:, None]
         else:
@@ -210,23 +237,6 @@ def _rounded(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     scale = expand_groups(scale, weight.shape, width)
     z = scheme.midpoint if zero is None else expand_groups(zero, weight.shape, width)
     return (to_codes(weight, scale, z, scheme) - z) * scale
-
-
-def _pool_heads(scale: torch.Tensor, fold: Fold, work: _Work) -> torch.Tensor:
-    """(query heads x head_dim,) -> (kv heads x head_dim,): the mean over the query heads of a group."""
-    produced = len(work.context.weights[fold.producer]) if fold.producer in work.context.weights else 0
-    head_dim = work.context.topology.head_dim
-    if not produced or not head_dim or len(scale) % produced:
-        return scale
-    groups = scale.reshape(produced // head_dim, -1, head_dim)
-    return groups.log().mean(1).exp().reshape(-1)
-
-
-def _expand_heads(pooled: torch.Tensor, fold: Fold, work: _Work) -> torch.Tensor:
-    wanted = work.weights[fold.consumers[0]].shape[1]
-    head_dim = work.context.topology.head_dim
-    repeat = wanted // len(pooled)
-    return pooled.reshape(-1, 1, head_dim).expand(-1, repeat, -1).reshape(-1) if repeat > 1 else pooled
 
 
 def clip_search(weight: torch.Tensor, scheme: Scheme, gram: torch.Tensor) -> Bounds:

@@ -42,6 +42,8 @@ class TorchInt4(Blockwise):
     def supports(self, spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
         scheme = scheme_of(spec)
         out_features, in_features = spec["shape"]
+        if scheme.scale_dtype != "bfloat16":
+            return f"scale_dtype={scheme.scale_dtype} would be rounded to bfloat16"
         if not 2 <= scheme.bits <= 4:
             return f"bits={scheme.bits} is outside 2..4"
         if out_features % 16:
