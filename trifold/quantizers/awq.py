@@ -121,7 +121,7 @@ class _Work:
 
     def divided_by(self, name: str) -> torch.Tensor:
         """What the input of this linear has been divided by so far."""
-        statistics = self.context.statistics[self.context.inputs[name]]
+        statistics = self.context.statistics[self.context.inputs.get(name, name)]
         return self.divided.get(name, torch.ones(statistics.in_features, device=statistics.gram.device))
 
     def gram(self, name: str) -> torch.Tensor:
