@@ -15,9 +15,11 @@ from trifold.compress.pipeline import prepare
 from trifold.compress.progress import Reporter
 from trifold.compress.recipe import Recipe
 from trifold.compress.walk import Walk
+from trifold.core.errors import RecipeError
 from trifold.core.linears import linears
 from trifold.core.obs import relative_error
 from trifold.core.statistics import Gram, Observation
+from trifold.kernels import PackedEmbedding, PackedLinear
 
 RUN = {"nsamples": 11, "seqlen": 32, "verbosity": -1}
 
@@ -170,3 +172,45 @@ def test_files_in_subfolders_come_along(tmp_path, text):
     trifold.compress(folder, "w4a16-rtn", None, tmp_path / "out", verbosity=-1)
     assert (tmp_path / "out" / "templates" / "tool.jinja").read_text() == "{{ x }}"
     assert not (tmp_path / "out" / "original").exists()
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_untied_embeddings_can_be_addressed_by_pattern(tmp_path, tiny, text, live):
+    folder = tiny("llama", tie_word_embeddings=False)
+    steps = [
+        {"method": "gptq", "scheme": {"bits": 4, "group_size": 16}},
+        {"name": "ends", "method": "rtn", "targets": ["*embed_tokens", "lm_head"]},
+    ]
+    steps[1]["scheme"] = {"bits": 8, "group_size": "channel", "symmetric": True}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    table = model.model.embed_tokens.weight.detach().clone()
+    out = tmp_path / "out"
+    result = trifold.compress(
+        model if live else folder,
+        {"steps": steps},
+        text,
+        out,
+        **RUN,
+        **({"tokenizer": make_tokenizer()} if live else {}),
+    )
+    report = result.trifold_report if live else result
+    assert report["layers"]["model.embed_tokens"]["error"] < 1e-4
+    loaded = trifold.load(out)
+    assert isinstance(loaded.model.embed_tokens, PackedEmbedding) and isinstance(loaded.lm_head, PackedLinear)
+    assert (loaded.model.embed_tokens.dequantize() - table).abs().max() < 0.05 * table.abs().max()
+    ids = torch.arange(2, 42).reshape(2, 20)
+    with torch.no_grad():
+        reference = loaded(ids).logits
+        loaded.save_pretrained(tmp_path / "again")
+        assert torch.equal(trifold.load(tmp_path / "again")(ids).logits, reference)
+        if live:
+            torch.testing.assert_close(model(ids).logits, reference)
+
+
+def test_embeddings_take_only_what_needs_no_inputs_and_tied_ones_stay(tiny, text):
+    step = {"method": "gptq", "targets": ["*embed_tokens"]}
+    with pytest.raises(RecipeError, match="no inputs to calibrate on; use a step with method: rtn"):
+        job_of(str(tiny("llama", tie_word_embeddings=False)), {"steps": [step]}, text)
+    step = {"method": "rtn", "targets": ["*embed_tokens"]}
+    with pytest.raises(RecipeError, match=r"model.embed_tokens: shares its weight with lm_head.weight"):
+        job_of(str(tiny("llama", tie_word_embeddings=True)), {"steps": [step]}, text)

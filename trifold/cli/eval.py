@@ -10,7 +10,13 @@ from trifold.cli.output import calm, emit, facts, json_option, size, with_verbos
 @click.command("eval")
 @click.argument("model")
 @click.option("--baseline", help="Dense model for KL divergence and top-1 agreement.")
-@click.option("--text", required=True, metavar="FILE|DATASET", help="Text to score.")
+@click.option(
+    "--text",
+    metavar="FILE|DATASET",
+    default="Salesforce/wikitext:wikitext-2-raw-v1:test",
+    show_default=True,
+    help="Text to score.",
+)
 @click.option("--seqlen", type=int, default=2048, show_default=True, help="Tokens of a window.")
 @click.option("--stride", type=int, help="Tokens between windows.  [default: seqlen]")
 @click.option("--max-windows", type=click.IntRange(min=1), help="Windows to score.  [default: all]")

@@ -88,6 +88,7 @@ def compress_to(job: Job, output: Path) -> dict[str, Any]:
     with checkpoint.disk_errors(partial):
         report = checkpoint.finished_report(partial)
         if report is not None and report["fingerprint"] == _stamp(fingerprint):
+            job.report.notice("finished before; only the rename was missing")
             checkpoint.discard(partial / "journal")
             checkpoint.publish(partial, output)
             return report
@@ -107,23 +108,23 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     started = time.perf_counter()
     source, everything = job.source, Compressed()
     source.open_outside()
-    walk = Walk(job)
-    if walk.shares_state:
-        journal.done = 0  # blocks read what earlier ones left in memory, so none can be skipped
-    if journal.done:
-        job.report.notice(f"going on after block {journal.done} of {source.block_count}")
-        walk.resume([journal.entry(i) for i in range(journal.done)], journal.hidden())
-    job.report.begin(source.block_count, journal.done)
-    for index in range(journal.done, source.block_count):
-        result = walk.block(index)
-        journal.keep(f"reference-{index:05d}", {"hidden": walk.hidden[0]})
-        journal.write_block(index, result, [*walk.hidden, *walk.dense], walk.carries)
-    for index in range(source.block_count):
-        entry = journal.entry(index)
-        everything.note(entry["modules"], entry["report"], entry["digests"])
-    tail, logits = walk.tail()
-    everything.note(tail.modules, tail.report, tail.digests)
-    journal.keep("reference-logits", {"logits": logits})
+    with Walk(job) as walk:
+        if walk.shares_state:
+            journal.done = 0  # blocks read what earlier ones left in memory, so none can be skipped
+        if journal.done:
+            job.report.notice(f"going on after block {journal.done} of {source.block_count}")
+            walk.resume([journal.entry(i) for i in range(journal.done)], journal.hidden())
+        job.report.begin(source.block_count, journal.done)
+        for index in range(journal.done, source.block_count):
+            result = walk.block(index)
+            journal.keep(f"reference-{index:05d}", {"hidden": walk.hidden[0]})
+            journal.write_block(index, result, [*walk.hidden, *walk.dense], walk.carries)
+        for index in range(source.block_count):
+            entry = journal.entry(index)
+            everything.note(entry["modules"], entry["report"], entry["digests"])
+        tail, logits = walk.tail()
+        everything.note(tail.modules, tail.report, tail.digests)
+        journal.keep("reference-logits", {"logits": logits})
     job.report.end()
 
     def units() -> Iterator[Mapping[str, torch.Tensor]]:
@@ -148,17 +149,17 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
 def compress_live(job: Job) -> dict[str, Any]:
     """Replace the linears of a live model by packed ones: at the end, or with `inplace` block by block."""
     started, source, everything = time.perf_counter(), job.source, Compressed()
-    walk = Walk(job)
+    results = []
     job.report.begin(source.block_count, 0)
     try:
-        results = []
-        for index in range(source.block_count):
-            results.append(walk.block(index))
+        with Walk(job) as walk:
+            for index in range(source.block_count):
+                results.append(walk.block(index))
+                everything.note(results[-1].modules, results[-1].report, results[-1].digests)
+                if job.options.inplace:
+                    install(source.model, results.pop())
+            results.append(walk.tail()[0])
             everything.note(results[-1].modules, results[-1].report, results[-1].digests)
-            if job.options.inplace:
-                install(source.model, results.pop())
-        results.append(walk.tail()[0])
-        everything.note(results[-1].modules, results[-1].report, results[-1].digests)
     finally:
         job.report.end()
     for result in results:

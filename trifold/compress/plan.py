@@ -10,7 +10,7 @@ from torch import nn
 
 from trifold.compress.recipe import BLOCKS, Recipe, Step, matches
 from trifold.core.errors import RecipeError
-from trifold.core.linears import is_transposed, linears
+from trifold.core.linears import is_embedding, is_transposed, linears
 from trifold.core.method import BlockMethod, LayerMethod
 from trifold.core.scheme import InputScheme, Scheme
 
@@ -47,8 +47,9 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
     blocks: path of the block list. Raises RecipeError if two steps solve one layer, a pattern fits nothing or
     a layer cannot be compressed.
     """
-    modules = linears(model)
+    modules: dict[str, nn.Module] = linears(model)
     inside = [name for name in modules if name.startswith(blocks + ".")]
+    modules |= {n: m for n, m in model.named_modules() if is_embedding(m) and not n.startswith(blocks + ".")}
     others = [name for name in modules if not name.startswith(blocks + ".")]
     layers: dict[str, LayerPlan] = {}
     owner: dict[str, str] = {}
@@ -88,7 +89,9 @@ def _targets(step: Step, inside: list[str], others: list[str]) -> list[str]:
     for pattern in step.targets:
         found = inside if pattern == BLOCKS else [name for name in everything if matches(pattern, name)]
         if not found:
-            raise RecipeError(f"step {step.name!r}: target {pattern!r} fits no linear layer, e.g. {everything[0]}")
+            raise RecipeError(
+                f"step {step.name!r}: target {pattern!r} fits no linear layer or embedding, e.g. {everything[0]}"
+            )
         chosen.update(dict.fromkeys(found))
     for pattern in (*step.ignore, *(o.match for o in step.overrides)):
         if not any(matches(pattern, name) for name in everything):
@@ -107,6 +110,8 @@ def _layer_plan(step: Step, name: str, module: nn.Module) -> LayerPlan | None:
             options.update(override.options)
     method, scheme = step.build(options), step.scheme_with(changes)
     assert isinstance(method, LayerMethod)
+    if is_embedding(module) and (method.needs or step.input):
+        raise RecipeError(f"{name}: an embedding has no inputs to calibrate on; use a step with method: rtn for it")
     shape = tuple(module.get_parameter("weight").shape)
     rows, columns = reversed(shape) if is_transposed(module) else shape
     return LayerPlan((rows, columns), method, scheme, step.input.build() if step.input else None)
@@ -121,5 +126,6 @@ def _stacked(model: Any, blocks: str) -> tuple[str, ...]:
 
 def _check_tied(model: Any, name: str) -> None:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    if f"{name}.weight" in tied:
-        raise RecipeError(f"{name}: shares its weight with {tied[f'{name}.weight']}, which stays dense; leave it out")
+    for one, other in [*tied.items(), *((b, a) for a, b in tied.items())]:
+        if one == f"{name}.weight":
+            raise RecipeError(f"{name}: shares its weight with {other}, which stays dense; leave it out")

@@ -6,12 +6,15 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import nn
 
 from trifold.compress.block import BlockCompressor, Compressed, dense_tensors
 from trifold.compress.capture import Call, Tail, capture_calls, own_state
 from trifold.compress.job import Job
 from trifold.compress.runner import BlockRunner
-from trifold.core.linears import linears
+from trifold.core.linears import is_embedding, linears
+from trifold.core.method import LayerProblem
+from trifold.formats import bits_per_weight
 
 
 class Walk:
@@ -25,6 +28,9 @@ class Walk:
         self.job, source = job, job.source
         self.blocks = source.model.get_submodule(source.blocks)
         self.carries: dict[str, Any] = {}
+        self._replaced: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self.outside = Compressed()
+        self._round_embeddings()
         captured = [capture_calls(source.model, self.blocks, ids.to(source.device)) for ids in job.ids]
         self.calls = [c.calls for c in captured]
         self.as_tuple = captured[0].as_tuple
@@ -34,6 +40,36 @@ class Walk:
         values = [v for calls in self.calls for c in calls for v in (*c.args, *c.kwargs.values())]
         self.shares_state = any(isinstance(value, dict) for value in values)
         self.finished = 0
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """A live model is changed only at completion: outside the blocks it gets its weights back."""
+        for parameter, weight in self._replaced:
+            parameter.data = weight
+
+    def _round_embeddings(self) -> None:
+        """Compress the embeddings that the recipe names: the blocks then see what the packed ones give."""
+        job = self.job
+        for name, plan in job.plan.layers.items():
+            module = job.source.model.get_submodule(name)
+            if not is_embedding(module) or plan.scheme is None:
+                continue
+            parameter = module.get_parameter("weight")
+            weight = parameter.data.float()
+            canonical = plan.method.solve(LayerProblem({name: weight}, {name: plan.scheme})).canonical[name]
+            self.outside.add(name, plan, canonical)
+            rounded = canonical.dequantize()
+            entry = {
+                "error": float((weight - rounded).square().sum() / weight.square().sum().clamp(min=1e-30)),
+                "error_of": "weight",
+                "bits_per_weight": bits_per_weight(self.outside.modules[name]),
+            }
+            self.outside.report[name] = entry
+            job.report.layer(name, entry)
+            self._replaced.append((parameter, parameter.data))
+            parameter.data = rounded.to(parameter.dtype)
 
     def resume(self, entries: list[dict[str, Any]], hidden: list[torch.Tensor]) -> None:
         """Take up the states behind the last finished block."""
@@ -73,20 +109,20 @@ class Walk:
         outside = {n: m for n, m in linears(source.model).items() if n in job.plan.layers}
         outside = {n: m for n, m in outside.items() if not n.startswith(prefix)}
         calls = [Call((ids.to(source.device),), {}, True) for ids in job.ids]
-        result = Compressed()
-        before = {name: module.get_parameter("weight").data for name, module in outside.items()}
-        try:
-            with ExitStack() as stack, torch.no_grad():
-                if outside:
-                    runner = BlockRunner(tail, outside, calls, self.hidden)
-                    compressor = BlockCompressor(tail, "", job.plan, runner, job.observed, job.report.layer)
-                    compressor.dense = BlockRunner(tail, outside, calls, self.dense) if self.dense else None
-                    stack.enter_context(compressor.rounded_inputs())
-                    result = compressor.solve(False)
-                logits = calls[0].run(tail, self.hidden[0])
-        finally:  # a live model is changed only at completion
-            for name, weight in before.items():
-                outside[name].get_parameter("weight").data = weight
+        result = self.outside
+        for module in outside.values():
+            parameter = module.get_parameter("weight")
+            self._replaced.append((parameter, parameter.data))
+        with ExitStack() as stack, torch.no_grad():
+            if outside:
+                runner = BlockRunner(tail, outside, calls, self.hidden)
+                compressor = BlockCompressor(tail, "", job.plan, runner, job.observed, job.report.layer)
+                compressor.dense = BlockRunner(tail, outside, calls, self.dense) if self.dense else None
+                stack.enter_context(compressor.rounded_inputs())
+                solved = compressor.solve(False)
+                result.note(solved.modules, solved.report, solved.digests)
+                result.tensors.update(solved.tensors)
+            logits = calls[0].run(tail, self.hidden[0])
         tied = getattr(source.model, "all_tied_weights_keys", None) or {}
         kept = {n for n in source.model.state_dict() if not n.startswith(prefix) and n not in tied}
         result.tensors.update(dense_tensors(source.model, "", result.modules, kept))

@@ -32,6 +32,11 @@ def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
     parameter.data = (weight.T if is_transposed(module) else weight).to(parameter.dtype).contiguous()
 
 
+def is_embedding(module: nn.Module) -> bool:
+    """True for a table whose rows are looked up and nothing else."""
+    return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+
+
 def linears(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     """Every matrix product below `module` with at least two outputs and inputs, by name."""
     found = {}

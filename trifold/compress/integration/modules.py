@@ -10,9 +10,9 @@ from torch import nn
 
 from trifold.compress.block import Compressed
 from trifold.core.errors import CheckpointError
-from trifold.core.linears import is_linear, is_transposed
+from trifold.core.linears import is_embedding, is_linear, is_transposed
 from trifold.formats import FORMATS, Spec
-from trifold.kernels import PackedLinear
+from trifold.kernels import PackedEmbedding, PackedLinear, PackedModule
 
 
 def replace_modules(model: nn.Module, modules: Mapping[str, Spec]) -> None:
@@ -28,9 +28,9 @@ def replace_modules(model: nn.Module, modules: Mapping[str, Spec]) -> None:
         model.set_submodule(name, _packed(name, dense, spec))
 
 
-def _packed(name: str, dense: nn.Module, spec: Spec) -> PackedLinear:
-    if not is_linear(dense):
-        raise CheckpointError(f"config.json: {name} is a {type(dense).__name__}, not a linear layer")
+def _packed(name: str, dense: nn.Module, spec: Spec) -> PackedModule:
+    if not is_linear(dense) and not is_embedding(dense):
+        raise CheckpointError(f"config.json: {name} is a {type(dense).__name__}, not a linear layer or embedding")
     if not isinstance(spec, dict) or not {"format", "shape"} <= spec.keys():
         raise CheckpointError(
             f"config.json: the entry of {name} names no format or no shape; copy the checkpoint again"
@@ -46,7 +46,11 @@ def _packed(name: str, dense: nn.Module, spec: Spec) -> PackedLinear:
         raise CheckpointError(f"config.json: {name} has shape {shape}, its entry says {spec['shape']}")
     try:
         with torch.device(weight.device):
-            packed = PackedLinear(spec, bias is not None, weight.dtype if bias is None else bias.dtype)
+            packed: PackedModule
+            if is_embedding(dense):
+                packed = PackedEmbedding(spec, weight.dtype)
+            else:
+                packed = PackedLinear(spec, bias is not None, weight.dtype if bias is None else bias.dtype)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"config.json: the entry of {name} is damaged ({error!r}); copy it again") from error
     return packed.train(dense.training)

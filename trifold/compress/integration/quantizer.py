@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from trifold.compress.checkpoint import FORMAT_VERSION, QUANT_METHOD, check_version
 from trifold.compress.integration.modules import replace_modules
 from trifold.core.errors import CheckpointError
-from trifold.kernels import PackedLinear
+from trifold.kernels import PackedModule
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -79,7 +79,7 @@ def _check_tensors(model: Any, files: Sequence[str]) -> None:
                 part = handle.get_slice(key)
                 found[key] = (tuple(part.get_shape()), part.get_dtype())
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedModule):
             for leaf, buffer in module.named_buffers():
                 shape, dtype = found.get(f"{name}.{leaf}", (None, ""))
                 if shape != tuple(buffer.shape):
