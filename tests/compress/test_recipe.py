@@ -282,3 +282,9 @@ def test_impossible_method_settings_are_refused(setting):
 def test_impossible_settings_of_other_methods_are_refused(recipe, setting):
     with pytest.raises(RecipeError, match=setting.partition("=")[0]):
         Recipe.load(recipe).updated([setting])
+
+
+@pytest.mark.parametrize("name", ["w4a16-s50-gptq", "w4-s24", "w4a16-rank80", "w4-lr02-gptq", "w4a16-kv50"])
+def test_folds_that_are_not_there_yet_are_said_to_be_missing(name):
+    with pytest.raises(RecipeError, match="this version has no sparsity, low rank or KV-cache folds"):
+        Recipe.load(name)

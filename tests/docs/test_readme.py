@@ -74,8 +74,9 @@ def test_the_recipe_and_the_settings_of_its_command(tiny):
     settings = [value for option, value in itertools.pairwise(command) if option == "--set"]
     changed = recipe.updated(settings)
     assert settings and changed != recipe
+    config = AutoConfig.from_pretrained(tiny())
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny()))
+        model = AutoModelForCausalLM.from_config(config)
     layers = make_plan(recipe, model, "model.layers").layers
     assert len(layers) == 14 and not any(".layers.0." in name for name in layers)
     assert {plan.scheme.bits for name, plan in layers.items() if name.endswith("down_proj")} == {8}

@@ -7,7 +7,10 @@ from typing import Any
 
 from trifold.core.errors import RecipeError, unknown_name
 
-_NAME = re.compile(r"w(?P<weight>\d+)(?:a(?P<input>\d+))?(?:-(?P<method>[a-z][a-z0-9-]*))?")
+_FOLDS = r"-(?:s24|s\d\d|rank\d\d|lr\d+|kv\d\d)"  # percent removed for s, kept for rank and kv
+_NAME = re.compile(
+    rf"(?:w(?P<weight>\d+)(?:a(?P<input>\d+))?)(?P<folds>(?:{_FOLDS})*)(?:-(?P<method>[a-z][a-z0-9-]*))?"
+)
 
 _SCALES = {"method": "awq", "options": {"clip": False}}  # the step that follows searches ranges itself
 
@@ -30,6 +33,9 @@ def preset(name: str) -> dict[str, Any]:
     match = _NAME.fullmatch(name)
     if match is None:
         raise RecipeError(unknown_name("recipe", name, preset_names()))
+    if match["folds"]:
+        missing = match["folds"].removeprefix("-")
+        raise RecipeError(f"{name}: this version has no sparsity, low rank or KV-cache folds ({missing}); leave it out")
     bits, inputs = int(match["weight"]), int(match["input"] or 16)
     method = match["method"] or ("rtn" if bits >= 8 else "gptq")
     if method not in STEPS:
