@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from trifold.compress.capture import Call
-from trifold.compress.memory import give_back
 from trifold.compress.plan import LayerPlan, Plan
 from trifold.compress.runner import BlockRunner
 from trifold.core.canonical import Canonical
@@ -192,7 +191,6 @@ class BlockCompressor:
                 self._settle(name, solutions[name], gram, seconds)
             for runner in filter(None, (self.runner, self.dense)):
                 runner.finish(stage)
-            give_back()
         return self.done
 
     def _statistics(

@@ -1,8 +1,7 @@
-"""What the process holds, and giving back what it does not need."""
+"""What the process holds, and what it could take."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import sys
@@ -20,14 +19,3 @@ def resident_bytes() -> int:
     """Peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def give_back() -> None:
-    """Return freed pages to the system.
-
-    Activations come and go in pieces that glibc keeps for itself, scattered over the heap; without this the
-    process grows to about twice what is alive.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

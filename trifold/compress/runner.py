@@ -3,8 +3,7 @@
 Linears that see the same input form a stage. A stage's inputs are observed with everything before it already
 compressed; then its own weights become final. What is final is not run again: the outputs of finished
 submodules are remembered, and a submodule that ends with a linear (attention, MLP) is finished by that linear
-alone, on the input that was observed, unless that is wider than the hidden states. So the sequential protocol
-costs little more than one forward pass.
+alone, on the input that was observed. So the sequential protocol costs little more than one forward pass.
 """
 
 from __future__ import annotations
@@ -140,8 +139,7 @@ class BlockRunner:
 
         def see(name: str, x: torch.Tensor) -> None:
             seen[name].append(x.reshape(-1, x.shape[-1]))
-            slim = x.shape[-1] <= self.hidden[batch].shape[-1]  # an MLP's inside is several times as wide
-            if len(names) == 1 and name in ends and slim and self._held < self._budget:
+            if len(names) == 1 and name in ends and self._held < self._budget:
                 self._inputs[batch].keep(name, x)
             if all(seen.values()) and not self._plainly:
                 raise Enough
@@ -176,16 +174,16 @@ class BlockRunner:
     def outputs(self) -> list[torch.Tensor]:
         """The block's hidden states, per batch, with the weights as they are now.
 
-        The last batch is also run without what was remembered; should a block be so made that the two differ,
-        all batches are.
+        The first batch, a small one, is also run without what was remembered; should a block be so made that
+        the two differ, all batches are.
         """
-        last = self.calls[-1].run(self.block, self.hidden[-1])
+        plain = self.calls[0].run(self.block, self.hidden[0])
         results: list[torch.Tensor] = []
         for batch, (call, hidden) in enumerate(zip(self.calls, self.hidden, strict=True)):
             with self._shortcuts(batch):
                 results.append(call.run(self.block, hidden))
             self._outputs[batch], self._inputs[batch] = Memory(), Memory()
-        if self._plainly or torch.equal(results[-1], last):
+        if self._plainly or torch.equal(results[0], plain):
             return results
         return [call.run(self.block, hidden) for call, hidden in zip(self.calls, self.hidden, strict=True)]
 
