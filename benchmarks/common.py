@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 from collections.abc import Sequence
@@ -31,6 +32,15 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **versions(),
     }
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model, calibration and held-out text, by default those of the acceptance model."""
+    parser.add_argument("--model", default=str(SHARED / "models/pycode-5m"))
+    parser.add_argument("--calib", default=str(SHARED / "data/pycode/calib.jsonl"))
+    parser.add_argument("--eval", default=str(SHARED / "data/pycode/eval.jsonl"))
+    parser.add_argument("--nsamples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=256)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

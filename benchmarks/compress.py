@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, SHARED, machine, markdown, save
+from common import ROOT, add_text_arguments, machine, markdown, save
 
 
 def measure(model: str, calib: str, evaluation: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -83,11 +83,7 @@ def run(python: str, script: Path, extra: list[str], args: argparse.Namespace) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(SHARED / "models/pycode-5m"))
-    parser.add_argument("--calib", default=str(SHARED / "data/pycode/calib.jsonl"))
-    parser.add_argument("--eval", default=str(SHARED / "data/pycode/eval.jsonl"))
-    parser.add_argument("--nsamples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=256)
+    add_text_arguments(parser)
     parser.add_argument("--eval-windows", type=int, default=200)
     parser.add_argument("--methods", default="gptq,awq")
     parser.add_argument("--bits", default="4")

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import SHARED, machine, markdown, save
+from common import add_text_arguments, machine, markdown, save
 
 METHODS = ["rtn", "awq", "gptq", "awq-gptq", "gptaq", "awq-gptaq"]
 
@@ -104,11 +104,7 @@ def peer_losses(folder: str | None) -> dict[tuple[str, int, int], list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(SHARED / "models/pycode-5m"))
-    parser.add_argument("--calib", default=str(SHARED / "data/pycode/calib.jsonl"))
-    parser.add_argument("--eval", default=str(SHARED / "data/pycode/eval.jsonl"))
-    parser.add_argument("--nsamples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=256)
+    add_text_arguments(parser)
     parser.add_argument("--max-windows", type=int, default=200)
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--groups", default="64,128")
