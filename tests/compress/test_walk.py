@@ -214,3 +214,18 @@ def test_embeddings_take_only_what_needs_no_inputs_and_tied_ones_stay(tiny, text
     step = {"method": "rtn", "targets": ["*embed_tokens"]}
     with pytest.raises(RecipeError, match=r"model.embed_tokens: shares its weight with lm_head.weight"):
         job_of(str(tiny("llama", tie_word_embeddings=True)), {"steps": [step]}, text)
+
+
+def test_a_live_model_whose_blocks_cannot_be_captured_is_whole(text, monkeypatch):
+    from trifold.compress import walk
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    model = make_model(tie_word_embeddings=False)
+    table = model.model.embed_tokens.weight.detach().clone()
+    job = job_of(model, {"steps": [{"method": "rtn", "targets": ["*embed_tokens"]}]}, None)
+    monkeypatch.setattr(walk, "capture_calls", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Walk(job)
+    assert torch.equal(model.model.embed_tokens.weight, table)

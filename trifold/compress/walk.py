@@ -30,8 +30,12 @@ class Walk:
         self.carries: dict[str, Any] = {}
         self._replaced: list[tuple[nn.Parameter, torch.Tensor]] = []
         self.outside = Compressed()
-        self._round_embeddings()
-        captured = [capture_calls(source.model, self.blocks, ids.to(source.device)) for ids in job.ids]
+        try:
+            self._round_embeddings()
+            captured = [capture_calls(source.model, self.blocks, ids.to(source.device)) for ids in job.ids]
+        except BaseException:
+            self.__exit__()
+            raise
         self.calls = [c.calls for c in captured]
         self.as_tuple = captured[0].as_tuple
         self.hidden = [c.hidden for c in captured]
