@@ -50,7 +50,7 @@ def test_staged_statistics_are_those_of_full_runs(family, memory):
     """Change each stage's weights in turn; what the next stage sees must come from the changed ones."""
     _, blocks, captured = prepare(family)
     block, calls, hidden = blocks[1], [c.calls[1] for c in captured], [c.hidden for c in captured]
-    runner = BlockRunner(block, linears(block), calls, hidden, memory)
+    runner = BlockRunner(block, linears(block), calls, list(hidden), memory)
     for stage in runner.stages:
         columns = weight_of(runner.linears[stage[0]]).shape[1]
         staged, full = Statistics((Gram,), columns), Statistics((Gram,), columns)
@@ -63,7 +63,7 @@ def test_staged_statistics_are_those_of_full_runs(family, memory):
         for name in stage:
             set_weight(runner.linears[name], weight_of(runner.linears[name]) * 1.5)
         runner.finish(stage)
-    outputs = runner.outputs()
+    outputs = runner.advance()
     with torch.no_grad():
         for call, states, out in zip(calls, hidden, outputs, strict=True):
             assert torch.equal(call.run(block, states), out)
@@ -87,7 +87,7 @@ def test_how_often_each_linear_runs():
     for stage in runner.stages:
         runner.observe({stage[0]: Statistics((Gram,), weight_of(runner.linears[stage[0]]).shape[1])})
         runner.finish(stage)
-    runner.outputs()
+    runner.advance()
     assert set(counts.values()) == {len(IDS) + 1}
 
 

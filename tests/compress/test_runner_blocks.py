@@ -135,7 +135,7 @@ def test_shortcuts_change_nothing(kind, shapes):
     torch.manual_seed(0)
     block, hidden = BLOCKS[kind](), hidden_states(shapes)
     calls = [Call((), {}, True) for _ in hidden]
-    runner = BlockRunner(block, linears(block), calls, hidden)
+    runner = BlockRunner(block, linears(block), calls, list(hidden))
     for stage in runner.stages:
         columns = weight_of(runner.linears[stage[0]]).shape[1]
         staged, plain = Statistics((Gram,), columns), Statistics((Gram,), columns)
@@ -148,7 +148,7 @@ def test_shortcuts_change_nothing(kind, shapes):
         for name in stage:
             set_weight(runner.linears[name], weight_of(runner.linears[name]) * 1.5)
         runner.finish(stage)
-    outputs = runner.outputs()
+    outputs = runner.advance()
     with torch.no_grad():
         for call, states, output in zip(calls, hidden, outputs, strict=True):
             assert torch.equal(call.run(block, states), output)

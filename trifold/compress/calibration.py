@@ -13,7 +13,7 @@ from trifold.compress.documents import read_documents
 from trifold.compress.text import Windows, clamp_seqlen, windows_from_documents, windows_from_samples
 from trifold.core.errors import CalibrationError
 
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 1024
 PROOF_WINDOWS, PROOF_LENGTH = 2, 64
 
 Calibration = str | os.PathLike[str] | Iterable[Any]
@@ -64,5 +64,5 @@ def random_windows(config: Any, seed: int) -> Windows:
 
 
 def default_batch_size(windows: Windows) -> int:
-    """Windows per forward pass: about 2048 tokens."""
+    """Windows per forward pass: about 1024 tokens."""
     return max(1, TOKENS_PER_BATCH // windows.seqlen)

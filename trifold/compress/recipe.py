@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -249,9 +250,14 @@ def build_method(name: str, options: Mapping[str, Any]) -> Method:
         if option not in known:
             raise RecipeError(f"{name}: {unknown_name('option', option, known)}")
     try:
-        return TypeAdapter(kind).validate_python(dict(options))
+        return _adapter(kind).validate_python(dict(options))
     except ValidationError as error:
         raise RecipeError(f"{name}: {_explain(error)}") from error
+
+
+@cache
+def _adapter(kind: type[Method]) -> TypeAdapter[Method]:
+    return TypeAdapter(kind)
 
 
 def matches(pattern: str, layer: str) -> bool:

@@ -36,7 +36,7 @@ class BlockRunner:
         block: nn.Module,
         linears: Mapping[str, nn.Module],
         calls: Sequence[Call],
-        hidden: Sequence[torch.Tensor],
+        hidden: list[torch.Tensor],
         memory: int | None = None,
     ) -> None:
         self.block, self.linears, self.calls, self.hidden = block, dict(linears), calls, hidden
@@ -139,7 +139,7 @@ class BlockRunner:
 
         def see(name: str, x: torch.Tensor) -> None:
             seen[name].append(x.reshape(-1, x.shape[-1]))
-            if len(names) == 1 and name in ends and self._held < self._budget:
+            if len(names) == 1 and name in ends and self._held < self._budget and (not __import__('os').environ.get('SLIM') or x.shape[-1] <= self.hidden[0].shape[-1]):
                 self._inputs[batch].keep(name, x)
             if all(seen.values()) and not self._plainly:
                 raise Enough
@@ -171,21 +171,20 @@ class BlockRunner:
         self._final.update(names)
 
     @torch.no_grad()
-    def outputs(self) -> list[torch.Tensor]:
-        """The block's hidden states, per batch, with the weights as they are now.
+    def advance(self) -> list[torch.Tensor]:
+        """Replace each batch's hidden states by what the block, with its weights as they are now, makes of them.
 
         The first batch, a small one, is also run without what was remembered; should a block be so made that
-        the two differ, all batches are.
+        the two differ, nothing remembered is used.
         """
         plain = self.calls[0].run(self.block, self.hidden[0])
-        results: list[torch.Tensor] = []
-        for batch, (call, hidden) in enumerate(zip(self.calls, self.hidden, strict=True)):
+        for batch, call in enumerate(self.calls):
             with self._shortcuts(batch):
-                results.append(call.run(self.block, hidden))
+                after = call.run(self.block, self.hidden[batch])
+            self._plainly |= not batch and not torch.equal(after, plain)
+            self.hidden[batch] = after if batch else plain
             self._outputs[batch], self._inputs[batch] = Memory(), Memory()
-        if self._plainly or torch.equal(results[0], plain):
-            return results
-        return [call.run(self.block, hidden) for call, hidden in zip(self.calls, self.hidden, strict=True)]
+        return self.hidden
 
     @torch.no_grad()
     def sample(self, name: str, batches: int = 1) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -97,7 +97,7 @@ class Walk:
             dense = compressor.follow_dense([calls[index] for calls in self.dense_calls], self.dense)
         with compressor.rounded_inputs():
             result = compressor.solve(job.recipe.true_sequential)
-            self.hidden, self.dense = runner.outputs(), dense.outputs() if dense else []
+            self.hidden, self.dense = runner.advance(), dense.advance() if dense else []
         result.tensors.update(dense_tensors(block, prefix, result.modules))
         source.close_block(index)
         self.finished += 1

@@ -97,12 +97,12 @@ def sweep(
         pivots = factor.diagonal().tolist()
         if before_block is not None:
             before_block(start, stop, current)
-        errors = torch.empty_like(current)
+        errors = torch.zeros_like(current)
         along = errors.T
         rows = zip(current, errors, factor.unbind(1), pivots, strict=True)
-        for i, (column, error, influence, pivot) in enumerate(rows):
-            live = torch.addmv(column, along[:, :i], influence[:i], alpha=-1) if i else column
-            decided = decide(start + i, live)
+        for j, (column, error, influence, pivot) in enumerate(rows, start):
+            live = torch.addmv(column, along, influence, alpha=-1)  # later columns have no error yet
+            decided = decide(j, live)
             torch.sub(live, decided, out=error).div_(pivot)
             column.copy_(decided)
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)

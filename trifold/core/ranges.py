@@ -121,7 +121,7 @@ def _search(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     def error(scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         z = scheme.midpoint if zero is None else zero
-        difference = (to_codes(groups, scale, z, scheme) - z) * scale - groups
+        difference = to_codes(groups, scale, z, scheme).sub_(z).mul_(scale).sub_(groups)
         if norm in (2, 4):  # much faster than pow
             power = difference.square_() if norm == 2 else difference.square_().square_()
         else:

@@ -23,7 +23,7 @@ def refine(
     zero: torch.Tensor,
     scheme: Scheme,
     rounds: int,
-    block: int = 64,
+    block: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (out, in) and scales (out, groups), float32, after alternating refit and descent.
 
@@ -79,7 +79,7 @@ def descend(
     scale: torch.Tensor,
     offset: torch.Tensor,
     scheme: Scheme,
-    block: int = 64,
+    block: int = 32,
 ) -> torch.Tensor:
     """One pass of coordinate descent over the columns: each code becomes the best one given all others.
 
@@ -88,16 +88,18 @@ def descend(
     codes, scale, offset = (t.T.contiguous() for t in (codes, scale, offset))
     error = weight.T - (codes - offset) * scale  # (in, out)
     step = (scale * hessian.diagonal()[:, None]).reciprocal_()
-    for start in range(0, len(codes), block):
-        part = slice(start, min(start + block, len(codes)))
-        slopes = hessian[part] @ error
-        moved = torch.zeros_like(slopes)
-        along = moved.T
-        rows = zip(codes[part], slopes, step[part], scale[part], moved, hessian[part, part].unbind(1), strict=True)
-        for i, (code, slope, inverse, size, move, column) in enumerate(rows):
-            pull = torch.addmv(slope, along[:, :i], column[:i], alpha=-1) if i else slope
-            new = torch.addcmul(code, pull, inverse).round_().clamp_(0, scheme.max_code)
-            torch.mul(new - code, size, out=move)
-            code.copy_(new)
-        error[part] -= moved
+    decided = torch.zeros(block, len(weight), dtype=error.dtype, device=error.device)
+    with torch.inference_mode():
+        for start in range(0, len(codes), block):
+            part = slice(start, min(start + block, len(codes)))
+            slopes = hessian[part] @ error
+            moved = decided[: len(slopes)].zero_()
+            along = moved.T
+            rows = zip(codes[part], slopes, step[part], scale[part], moved, hessian[part, part].unbind(1), strict=True)
+            for code, slope, inverse, size, move, column in rows:
+                pull = torch.addmv(slope, along, column, alpha=-1)  # what is not decided yet has moved by nothing
+                new = torch.addcmul(code, pull, inverse).round_().clamp_(0, scheme.max_code)
+                torch.sub(new, code, out=move).mul_(size)
+                code.copy_(new)
+            error[part] -= moved
     return codes.T.contiguous()
