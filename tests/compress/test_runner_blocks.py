@@ -135,7 +135,7 @@ def test_shortcuts_change_nothing(kind, shapes):
     torch.manual_seed(0)
     block, hidden = BLOCKS[kind](), hidden_states(shapes)
     calls = [Call((), {}, True) for _ in hidden]
-    runner = BlockRunner(block, linears(block), calls, list(hidden))
+    runner = BlockRunner(block, linears(block), calls, [h.clone() for h in hidden])
     for stage in runner.stages:
         columns = weight_of(runner.linears[stage[0]]).shape[1]
         staged, plain = Statistics((Gram,), columns), Statistics((Gram,), columns)

@@ -47,6 +47,20 @@ def test_refitted_scale_of_one_group_is_the_closed_form():
     torch.testing.assert_close(got[near], expected[near], rtol=1e-4, atol=0)
 
 
+def test_refitted_scales_of_a_short_last_group_solve_the_normal_equations():
+    weight, hessian, codes, scale, zero, scheme = setting(columns=24, group=7, bits=4)
+    levels = codes - expand_groups(zero, weight.shape, 7)
+    got = refit_scales(weight, hessian, levels, scale, scheme)
+    for row in range(len(weight)):
+        basis = torch.zeros(4, 24, dtype=torch.float64)
+        for group in range(4):
+            basis[group, 7 * group : 7 * group + 7] = levels[row, 7 * group : 7 * group + 7].double()
+        metric = hessian.double()
+        best = torch.linalg.solve(basis @ metric @ basis.T, basis @ metric @ weight[row].double())
+        assert ((best / scale[row]).log().abs() < 1).all()  # near enough to be believed
+        torch.testing.assert_close(got[row].double(), best, rtol=1e-3, atol=0)
+
+
 def test_descent_ends_where_no_single_code_can_improve():
     weight, hessian, codes, scale, zero, scheme = setting(rows=2, columns=6, group=6)
     for _ in range(20):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from trifold.compress.capture import Call
+from trifold.compress.memory import give_back
 from trifold.compress.plan import LayerPlan, Plan
 from trifold.compress.runner import BlockRunner
 from trifold.core.canonical import Canonical
@@ -185,6 +186,7 @@ class BlockCompressor:
         for stage in self.runner.stages:
             started = time.perf_counter()
             gram, drift = self._statistics(stage, true_sequential)
+            give_back()  # the forward passes' transients, before the solver takes its own
             solutions = self._solve_stage(stage, gram, drift)
             seconds = (time.perf_counter() - started) / len(stage)
             for name in stage:

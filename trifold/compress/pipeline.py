@@ -30,6 +30,7 @@ from trifold.compress.source import LiveSource, Source
 from trifold.compress.summary import summarise
 from trifold.compress.walk import Walk
 from trifold.core.errors import CalibrationError, InputError, ProofError
+from trifold.core.native import library
 from trifold.core.topology import topology_of
 
 
@@ -191,6 +192,7 @@ def _fingerprint(job: Job) -> dict[str, Any]:
         "calibration": job.windows.digest if job.observed else None,
         "batch_size": job.batch_size,
         "threads": torch.get_num_threads(),
+        "compiled": library("columns") is not None,
         "max_shard_size": job.options.max_shard_size,
         "versions": versions(),
     }

@@ -139,7 +139,8 @@ class BlockRunner:
 
         def see(name: str, x: torch.Tensor) -> None:
             seen[name].append(x.reshape(-1, x.shape[-1]))
-            if len(names) == 1 and name in ends and self._held < self._budget and (not __import__('os').environ.get('SLIM') or x.shape[-1] <= self.hidden[0].shape[-1]):
+            wide = x.shape[-1] > self.hidden[batch].shape[-1]  # an MLP's inside: cheaper to make again than to keep
+            if len(names) == 1 and name in ends and not wide and self._held < self._budget:
                 self._inputs[batch].keep(name, x)
             if all(seen.values()) and not self._plainly:
                 raise Enough
@@ -182,7 +183,7 @@ class BlockRunner:
             with self._shortcuts(batch):
                 after = call.run(self.block, self.hidden[batch])
             self._plainly |= not batch and not torch.equal(after, plain)
-            self.hidden[batch] = after if batch else plain
+            self.hidden[batch].copy_(after if batch else plain)
             self._outputs[batch], self._inputs[batch] = Memory(), Memory()
         return self.hidden
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -38,8 +39,8 @@ class Walk:
             raise
         self.calls = [c.calls for c in captured]
         self.as_tuple = captured[0].as_tuple
-        self.hidden = [c.hidden for c in captured]
-        self.dense = list(self.hidden) if job.plan.follows_dense else []
+        self.hidden = _in_one_piece([c.hidden for c in captured])
+        self.dense = _in_one_piece(self.hidden) if job.plan.follows_dense else []
         self.dense_calls = [own_state(calls) for calls in self.calls] if self.dense else []
         values = [v for calls in self.calls for c in calls for v in (*c.args, *c.kwargs.values())]
         self.shares_state = any(isinstance(value, dict) for value in values)
@@ -131,3 +132,10 @@ class Walk:
         kept = {n for n in source.model.state_dict() if not n.startswith(prefix) and n not in tied}
         result.tensors.update(dense_tensors(source.model, "", result.modules, kept))
         return result, logits
+
+
+def _in_one_piece(states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies that lie side by side: they stay for the whole walk, and the heap does not fragment around them."""
+    slab = torch.cat([s.reshape(-1) for s in states])
+    parts = slab.split([s.numel() for s in states])
+    return [part.view(s.shape) for part, s in zip(parts, states, strict=True)]

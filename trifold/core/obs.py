@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from trifold.core.columns import IntegerGrid
+
+Decision = Callable[[int, torch.Tensor], torch.Tensor]
+
 DAMPING_GROWTH = 10.0
 DAMPING_TRIES = 6
 
@@ -40,7 +44,7 @@ class Damping:
 
 def damped(gram: torch.Tensor, ratio: float) -> torch.Tensor:
     """H + ratio * mean(diag H) I in float64, dead features first given a diagonal of the mean."""
-    h = gram.double().clone()
+    h = gram.to(torch.float64, copy=True)
     diagonal = h.diagonal()
     alive = diagonal > 0
     mean = diagonal[alive].mean() if alive.any() else torch.ones((), dtype=h.dtype, device=h.device)
@@ -49,35 +53,45 @@ def damped(gram: torch.Tensor, ratio: float) -> torch.Tensor:
     return h
 
 
-def inverse_cholesky(gram: torch.Tensor, ratio: float = 0.01) -> tuple[torch.Tensor, Damping]:
+def inverse_cholesky(
+    gram: torch.Tensor, ratio: float = 0.01, order: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Damping]:
     """Upper U, (in, in) float64, with UᵀU = (damped H)⁻¹, and the damping it took.
 
-    Damping grows tenfold while H is not positive definite; at last H is replaced by its diagonal, so a
-    finite Gram never fails. Raises NotFiniteError if the Gram holds NaN or infinity.
+    order: (in,) int64; H's features are taken in this order, which U then has too. Damping grows tenfold while
+    H is not positive definite; at last H is replaced by its diagonal, so a finite Gram never fails. Raises
+    NotFiniteError if the Gram holds NaN or infinity.
     """
-    if not torch.isfinite(gram).all():
+    if not _finite(gram):
         raise NotFiniteError("the calibration statistics hold NaN or infinity")
+    order = torch.arange(len(gram), device=gram.device) if order is None else order
     dead = int((gram.diagonal() <= 0).sum())
+    backwards = order.flip(0)
     for attempt in range(DAMPING_TRIES):
         tried = ratio * DAMPING_GROWTH**attempt if ratio else (0.0 if not attempt else 1e-8 * 100.0**attempt)
-        # H = R Rᵀ with R upper is the Cholesky factorisation of H with rows and columns reversed; U = R⁻¹.
-        lower, info = torch.linalg.cholesky_ex(damped(gram, tried).flip(0, 1))
+        # With H's features reversed and H = L Lᵀ, U is L⁻¹ with its rows and columns reversed.
+        lower, info = torch.linalg.cholesky_ex(damped(gram, tried)[backwards[:, None], backwards])
         if info == 0:
-            reversed_upper = lower.flip(0, 1)
-            eye = torch.eye(len(gram), dtype=lower.dtype, device=lower.device)
-            upper = torch.linalg.solve_triangular(reversed_upper, eye, upper=True)
-            if torch.isfinite(upper).all():
-                return upper, Damping(tried, attempt + 1, dead)
-    diagonal = damped(gram, ratio).diagonal()
+            inverse = torch.eye(len(gram), dtype=lower.dtype, device=lower.device)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            if _finite(inverse):
+                del lower
+                return inverse.flip(0, 1), Damping(tried, attempt + 1, dead)
+    diagonal = damped(gram, ratio).diagonal()[order]
     return torch.diag(diagonal.clamp(min=torch.finfo(torch.float64).tiny).rsqrt()), Damping(
         ratio, DAMPING_TRIES, dead, diagonal=True
     )
 
 
+def _finite(matrix: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite, without a matrix of answers."""
+    return all(bool(torch.isfinite(extreme)) for extreme in matrix.aminmax())
+
+
 def sweep(
     weight: torch.Tensor,
     upper: torch.Tensor,
-    decide: Callable[[int, torch.Tensor], torch.Tensor],
+    decide: Decision,
     block: int = 128,
     before_block: Callable[[int, int, torch.Tensor], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,25 +103,29 @@ def sweep(
     Returns the decided weight (out, in) and the loss of each row (out,): exactly
     diag((W - Q) (UᵀU)⁻¹ (W - Q)ᵀ). The block size changes the speed, not the result.
     """
-    columns = weight.T.contiguous().clone()
+    columns, upper = weight.T.contiguous().clone(), upper.contiguous()
     loss = torch.zeros_like(columns[0])
     for start in range(0, len(columns), block):
         stop = min(start + block, len(columns))
         current, factor = columns[start:stop], upper[start:stop, start:stop]
-        pivots = factor.diagonal().tolist()
         if before_block is not None:
             before_block(start, stop, current)
         errors = torch.zeros_like(current)
-        along = errors.T
-        rows = zip(current, errors, factor.unbind(1), pivots, strict=True)
-        for j, (column, error, influence, pivot) in enumerate(rows, start):
-            live = torch.addmv(column, along, influence, alpha=-1)  # later columns have no error yet
-            decided = decide(j, live)
-            torch.sub(live, decided, out=error).div_(pivot)
-            column.copy_(decided)
+        if not (isinstance(decide, IntegerGrid) and decide.fix(start, current, errors, factor)):
+            _fix(start, current, errors, factor, decide)
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.square().sum(0)
     return columns.T.contiguous(), loss
+
+
+def _fix(start: int, current: torch.Tensor, errors: torch.Tensor, factor: torch.Tensor, decide: Decision) -> None:
+    along, pivots = errors.T, factor.diagonal().tolist()
+    rows = zip(current, errors, factor.unbind(1), pivots, strict=True)
+    for j, (column, error, influence, pivot) in enumerate(rows, start):
+        live = torch.addmv(column, along, influence, alpha=-1)  # later columns have no error yet
+        decided = decide(j, live)
+        torch.sub(live, decided, out=error).div_(pivot)
+        column.copy_(decided)
 
 
 def quadratic_loss(difference: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from trifold.core.columns import descend_block
 from trifold.core.ranges import expand_groups, round_scale
 from trifold.core.scheme import Scheme
 
@@ -52,13 +53,11 @@ def refit_scales(
         return torch.cat([refit_scales(w, hessian, part, s, scheme) for w, part, s in parts])
     columns, width = weight.shape[1], scheme.group_width(weight.shape[1])
     starts = range(0, columns, width)
-    target = weight @ hessian
-    right = torch.stack([(target[:, a : a + width] * levels[:, a : a + width]).sum(1) for a in starts], dim=1)
+    right = _group_sums((weight @ hessian).mul_(levels), width)
     system = torch.empty(len(weight), len(starts), len(starts), dtype=torch.float64, device=weight.device)
     for j, b in enumerate(starts):
         product = levels[:, b : b + width] @ hessian[b : b + width]
-        for i, a in enumerate(starts):
-            system[:, i, j] = (product[:, a : a + width] * levels[:, a : a + width]).sum(1)
+        system[:, :, j] = _group_sums(product.mul_(levels), width)
     ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(1) + 1e-30
     damped = system + ridge[:, None, None] * torch.eye(len(starts), dtype=torch.float64, device=weight.device)
     solution = torch.linalg.solve_ex(damped, right.double().unsqueeze(-1))[0].squeeze(-1).float()
@@ -70,6 +69,11 @@ def refit_scales(
         return (torch.einsum("nij,nj->ni", system, s) * s).sum(1) - 2 * (right.double() * s).sum(1)
 
     return torch.where((loss(new) < loss(scale))[:, None], new, scale)
+
+
+def _group_sums(matrix: torch.Tensor, width: int) -> torch.Tensor:
+    """(rows, in) -> (rows, groups)."""
+    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % width)).unflatten(1, (-1, width)).sum(-1)
 
 
 def descend(
@@ -88,18 +92,31 @@ def descend(
     codes, scale, offset = (t.T.contiguous() for t in (codes, scale, offset))
     error = weight.T - (codes - offset) * scale  # (in, out)
     step = (scale * hessian.diagonal()[:, None]).reciprocal_()
-    decided = torch.zeros(block, len(weight), dtype=error.dtype, device=error.device)
-    with torch.inference_mode():
-        for start in range(0, len(codes), block):
-            part = slice(start, min(start + block, len(codes)))
-            slopes = hessian[part] @ error
-            moved = decided[: len(slopes)].zero_()
-            along = moved.T
-            rows = zip(codes[part], slopes, step[part], scale[part], moved, hessian[part, part].unbind(1), strict=True)
-            for code, slope, inverse, size, move, column in rows:
-                pull = torch.addmv(slope, along, column, alpha=-1)  # what is not decided yet has moved by nothing
-                new = torch.addcmul(code, pull, inverse).round_().clamp_(0, scheme.max_code)
-                torch.sub(new, code, out=move).mul_(size)
-                code.copy_(new)
-            error[part] -= moved
+    moves = torch.empty(block, len(weight), dtype=error.dtype, device=error.device)
+    for start in range(0, len(codes), block):
+        part = slice(start, min(start + block, len(codes)))
+        moved = moves[: part.stop - start].zero_()
+        given = (codes[part], hessian[part] @ error, step[part], scale[part], moved, hessian[part, part])
+        if not descend_block(*given, scheme.max_code):
+            _descend_block(*given, scheme.max_code)
+        error[part] -= moved
     return codes.T.contiguous()
+
+
+def _descend_block(
+    codes: torch.Tensor,
+    slopes: torch.Tensor,
+    step: torch.Tensor,
+    scale: torch.Tensor,
+    moved: torch.Tensor,
+    hessian: torch.Tensor,
+    max_code: int,
+) -> None:
+    along = moved.T
+    for code, slope, inverse, size, move, column in zip(
+        codes, slopes, step, scale, moved, hessian.unbind(1), strict=True
+    ):
+        pull = torch.addmv(slope, along, column, alpha=-1)  # what is not decided yet has moved by nothing
+        new = torch.addcmul(code, pull, inverse).round_().clamp_(0, max_code)
+        torch.sub(new, code, out=move).mul_(size)
+        code.copy_(new)

@@ -79,7 +79,8 @@ class Gram(Statistic):
     @property
     def matrix(self) -> torch.Tensor:
         """(in, in) float64, exactly symmetric."""
-        return self._upper.triu() + self._upper.triu(1).T
+        full = self._upper.triu()
+        return full.add_(self._upper.triu(1).T)
 
 
 class Drift(Statistic):

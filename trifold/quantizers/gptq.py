@@ -14,10 +14,11 @@ from typing import ClassVar
 import torch
 
 from trifold.core.canonical import Quantized
+from trifold.core.columns import IntegerGrid
 from trifold.core.errors import RecipeError
 from trifold.core.method import METHODS, Bounds, LayerMethod, LayerProblem, LayerSolution
 from trifold.core.obs import Damping, damped, inverse_cholesky, sweep
-from trifold.core.ranges import Ranges, fit_ranges, to_codes
+from trifold.core.ranges import Ranges, fit_ranges
 from trifold.core.refine import refine
 from trifold.core.scheme import Scheme
 from trifold.core.statistics import Gram, Statistic
@@ -60,7 +61,8 @@ class GPTQ(LayerMethod):
     def solve(self, problem: LayerProblem) -> LayerSolution:
         assert problem.gram is not None
         order = self._order(problem.gram)
-        upper, damping = inverse_cholesky(problem.gram[order][:, order], self.damping)
+        upper, damping = inverse_cholesky(problem.gram, self.damping, order)
+        upper = upper.to(next(iter(problem.weights.values())).dtype)
         canonical: dict[str, Quantized] = {}
         for scheme, names in _by_scheme(problem).items():
             weights = [problem.weights[n] for n in names]
@@ -100,7 +102,7 @@ class GPTQ(LayerMethod):
         codes = self._sweep(stacked, scale, zero, scheme, order, upper)
         if self.refine and scheme.group_size != "tensor":
             hessian = damped(gram, damping)
-            hessian = (hessian / hessian.diagonal().mean()).to(stacked.dtype)
+            hessian = hessian.div_(hessian.diagonal().mean().clone()).to(stacked.dtype)
             codes, scale = refine(stacked, hessian, codes, scale, zero, scheme, self.refine)
         solved = []
         for c, s, z in zip(codes.split(rows), scale.split(rows), zero.split(rows), strict=True):
@@ -120,18 +122,11 @@ class GPTQ(LayerMethod):
     ) -> torch.Tensor:
         """The paper's loop: codes (out, in) as floats."""
         group = (order // scheme.group_width(weight.shape[1])).tolist()
-        scales, zeros = scale.T.contiguous().unbind(), zero.T.contiguous().unbind()
-        codes = torch.empty_like(weight.T, memory_format=torch.contiguous_format)
-        kept = [codes[place] for place in order.tolist()]
-
-        def decide(j: int, column: torch.Tensor) -> torch.Tensor:
-            s, z = scales[group[j]], zeros[group[j]]
-            code = to_codes(column, s, z, scheme)
-            kept[j].copy_(code)
-            return code.sub_(z).mul_(s)
-
-        sweep(weight[:, order], upper.to(weight.dtype), decide, self.block_size)
-        return codes.T.contiguous()
+        grid = IntegerGrid(scale.T, zero.T, group, scheme)
+        sweep(weight[:, order], upper, grid, self.block_size)
+        codes = torch.empty_like(weight)
+        codes[:, order] = grid.codes.T
+        return codes
 
 
 def _by_scheme(problem: LayerProblem) -> dict[Scheme, list[str]]:
