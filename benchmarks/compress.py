@@ -4,7 +4,8 @@
 
 Each side runs in a process of its own on a model already in memory: `trifold.compress(model, ...)` against
 llm-compressor's `oneshot(model=...)`, imports and loading excluded; the least of `--repeat` times and the median of
-the rises in memory are kept. The losses on held-out text come with it, so that speed is never bought with quality unseen.
+the rises in memory are kept. The losses on held-out text come with it, so that speed is never bought with quality
+unseen.
 """
 
 from __future__ import annotations

@@ -30,11 +30,58 @@ FAMILIES = {
     "gpt2": {"n_embd": 48, "n_inner": 86, "n_layer": 3, "n_head": 4, "n_positions": 128},
 }
 
+_MIXTURE = {
+    **LLAMA_LIKE,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+_DEEPSEEK = {
+    **_MIXTURE,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+}
+MIXTURES = {
+    "mixtral": _MIXTURE,
+    "qwen2_moe": {**_MIXTURE, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {**_MIXTURE, "num_experts": 6, "moe_intermediate_size": 32, "head_dim": 12},
+    "olmoe": {**_MIXTURE, "num_experts": 4},
+    "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
+    "deepseek_v3": _DEEPSEEK,
+    "gpt_oss": {
+        **_MIXTURE,
+        "head_dim": 12,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "llama4_text": {
+        **_MIXTURE,
+        "num_experts_per_tok": 1,
+        "head_dim": 12,
+        "intermediate_size_mlp": 64,
+        "interleave_moe_layer_step": 1,
+        "attn_temperature_tuning": False,
+        "no_rope_layers": [1, 1],
+    },
+}
+
 
 def make_model(family="llama", dtype=torch.float32, seed=0, **changes):
     """A random causal language model in eval mode."""
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**{**COMMON, **FAMILIES[family], **changes})
+    config = CONFIG_MAPPING[family](**{**COMMON, **(FAMILIES | MIXTURES)[family], **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

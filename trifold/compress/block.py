@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from trifold.compress.capture import Call
-from trifold.compress.memory import give_back
+from trifold.compress.experts import ExpertTokens
+from trifold.compress.memory import free_bytes
 from trifold.compress.plan import LayerPlan, Plan
 from trifold.compress.runner import BlockRunner
 from trifold.core.canonical import Canonical
@@ -27,6 +28,8 @@ from trifold.core.scheme import Scheme, fake_quantize_per_token
 from trifold.core.statistics import Drift, Gram, Statistic
 from trifold.core.topology import Topology
 from trifold.formats import FORMATS, Spec, bits_per_weight, digest, format_for
+
+STATISTICS_SHARE = 0.25  # of the free memory may hold the statistics of one pass
 
 LayerDone = Callable[[str, dict[str, Any]], None]
 
@@ -85,6 +88,7 @@ class BlockCompressor:
         self.grams: dict[str, torch.Tensor] = {}  # by stage leader, where an earlier pass gathered them
         self.bounds: dict[str, Bounds] = {}
         self.events: dict[str, dict[str, Any]] = {}
+        self.experts = ExpertTokens(module, plan.min_expert_tokens)
         self.done = Compressed()
 
     def layer_plan(self, name: str) -> LayerPlan:
@@ -115,15 +119,23 @@ class BlockCompressor:
             self._apply(change, {leader: s.gram for leader, s in statistics.items()}, leaders)
 
     def _gather(self, names: Sequence[str], kinds: Sequence[type[Statistic]]) -> dict[str, Statistics]:
-        """One pass over the batches for the stages that hold these linears, by stage leader."""
+        """One pass over the batches for the stages that hold these linears, by stage leader.
+
+        An expert that too few tokens reach is shown all of them in another pass, and from then on.
+        """
         unique = list(dict.fromkeys(kinds))
         leaders = [stage[0] for stage in self.runner.stages if set(stage) & set(names)]
-        statistics = {
-            leader: Statistics(unique, self.weights[leader].shape[1], self.weights[leader].device) for leader in leaders
-        }
-        if statistics:
-            self.runner.observe(statistics, self.dense if Drift in unique else None)
-        return statistics
+
+        def gather(chosen: Sequence[str]) -> dict[str, Statistics]:
+            statistics = {
+                name: Statistics(unique, self.weights[name].shape[1], self.weights[name].device) for name in chosen
+            }
+            if statistics:
+                self.runner.observe(statistics, self.dense if Drift in unique else None)
+            return statistics
+
+        statistics = gather(leaders)
+        return statistics | gather(self.experts.starving({name: s.tokens for name, s in statistics.items()}))
 
     def _parameters(self) -> dict[str, torch.Tensor]:
         solved = {name + ".weight" for name in self.weights}
@@ -170,7 +182,7 @@ class BlockCompressor:
                 handle.remove()
             self._hooks.clear()
 
-    def follow_dense(self, calls: Sequence[Call], hidden: Sequence[torch.Tensor]) -> BlockRunner:
+    def follow_dense(self, calls: Sequence[Call], hidden: list[torch.Tensor]) -> BlockRunner:
         """Keep the block as it is now beside the one that is being compressed, on the dense hidden states."""
         dense = copy.deepcopy(self.module)
         linears = {name: dense.get_submodule(name) for name in self.runner.linears}
@@ -183,29 +195,55 @@ class BlockCompressor:
         """Solve every stage in order of execution; the module ends up with the dequantised weights."""
         if self.observed and not true_sequential and not self.grams:
             self.grams = {k: s.gram for k, s in self._gather(list(self.weights), (Gram,)).items()}
-        for stage in self.runner.stages:
-            started = time.perf_counter()
-            gram, drift = self._statistics(stage, true_sequential)
-            give_back()  # the forward passes' transients, before the solver takes its own
-            solutions = self._solve_stage(stage, gram, drift)
-            seconds = (time.perf_counter() - started) / len(stage)
-            for name in stage:
-                self._settle(name, solutions[name], gram, seconds)
-            for runner in filter(None, (self.runner, self.dense)):
-                runner.finish(stage)
+        for wave in self.runner.waves:
+            for stages in self._affordable(wave):
+                started = time.perf_counter()
+                seen = self._statistics(stages, true_sequential)
+                gathering = (time.perf_counter() - started) / len(stages)
+                for stage in stages:
+                    started = time.perf_counter()
+                    gram, drift = seen[stage[0]]
+                    solutions = self._solve_stage(stage, gram, drift)
+                    seconds = (gathering + time.perf_counter() - started) / len(stage)
+                    for name in stage:
+                        self._settle(name, solutions[name], gram, seconds)
+                    for runner in filter(None, (self.runner, self.dense)):
+                        runner.finish(stage)
         return self.done
 
+    def _affordable(self, wave: Sequence[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
+        """A wave in parts whose statistics fit into memory together."""
+        part: list[Sequence[str]] = []
+        budget = free_bytes() * STATISTICS_SHARE
+        held = 0.0
+        for stage in wave:
+            kinds = {Gram}.union(*(self.layer_plan(name).method.needs for name in stage))
+            size = 8 * len(kinds) * self.weights[stage[0]].shape[1] ** 2
+            if part and held + size > budget:
+                yield part
+                part, held = [], 0.0
+            part.append(stage)
+            held += size
+        yield part
+
     def _statistics(
-        self, stage: Sequence[str], true_sequential: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Gram and drift of the stage's input: from an earlier pass where no method needs newer ones."""
+        self, stages: Sequence[Sequence[str]], true_sequential: bool
+    ) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """Gram and drift of each stage's input, by leader: from an earlier pass where no method needs newer ones."""
         if not self.observed:
-            return None, None
-        needs = {kind for name in stage for kind in self.layer_plan(name).method.needs}
-        if stage[0] in self.grams and Drift not in needs and not (needs and true_sequential):
-            return self.grams[stage[0]], None
-        gathered = self._gather(stage, (Gram, *sorted(needs, key=lambda kind: kind.__name__)))[stage[0]]
-        return gathered.gram, gathered.drift
+            return {stage[0]: (None, None) for stage in stages}
+        found: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        fresh: list[str] = []
+        kinds: set[type[Statistic]] = {Gram}
+        for stage in stages:
+            needs = {kind for name in stage for kind in self.layer_plan(name).method.needs}
+            if stage[0] in self.grams and Drift not in needs and not (needs and true_sequential):
+                found[stage[0]] = self.grams[stage[0]], None
+            else:
+                fresh.append(stage[0])
+                kinds |= needs
+        gathered = self._gather(fresh, sorted(kinds, key=lambda kind: kind.__name__))
+        return found | {leader: (statistics.gram, statistics.drift) for leader, statistics in gathered.items()}
 
     def _solve_stage(
         self, stage: Sequence[str], gram: torch.Tensor | None, drift: torch.Tensor | None
@@ -248,6 +286,7 @@ class BlockCompressor:
             "error_of": "output" if gram is not None else "weight",
             "bits_per_weight": bits_per_weight(self.done.modules[self.prefix + name]),
             "seconds": round(seconds, 4),
+            **self.experts.event(name),
             **self.events.get(name, {}),
             **solution.events.get(name, {}),
         }

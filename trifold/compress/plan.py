@@ -10,9 +10,10 @@ from torch import nn
 
 from trifold.compress.recipe import BLOCKS, Recipe, Step, matches
 from trifold.core.errors import RecipeError
-from trifold.core.linears import is_embedding, is_transposed, linears
+from trifold.core.linears import is_compressible, is_embedding, is_transposed, linears
 from trifold.core.method import BlockMethod, LayerMethod
 from trifold.core.scheme import InputScheme, Scheme
+from trifold.kernels import PackedExperts, is_stacked
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,12 @@ class LayerPlan:
 @dataclass(frozen=True)
 class Plan:
     """layers: full name -> its plan, blocks first. rewrites: (step, block method, layers it may touch), in order.
-    notices: what the user should know of what stays dense."""
+    notices: what the user should know of what stays dense. min_expert_tokens: below it an expert is shown all."""
 
     layers: Mapping[str, LayerPlan]
     rewrites: tuple[tuple[str, BlockMethod, frozenset[str]], ...] = ()
     notices: tuple[str, ...] = ()
+    min_expert_tokens: int = 0
 
     @property
     def follows_dense(self) -> bool:
@@ -47,7 +49,7 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
     blocks: path of the block list. Raises RecipeError if two steps solve one layer, a pattern fits nothing or
     a layer cannot be compressed.
     """
-    modules: dict[str, nn.Module] = linears(model)
+    modules = _linears(model)
     inside = [name for name in modules if name.startswith(blocks + ".")]
     modules |= {n: m for n, m in model.named_modules() if is_embedding(m) and not n.startswith(blocks + ".")}
     others = [name for name in modules if not name.startswith(blocks + ".")]
@@ -81,7 +83,7 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
         raise RecipeError(
             f"recipe {recipe.name!r} leaves every layer dense; add a step that quantises, or check `ignore`"
         )
-    return Plan(ordered, tuple(rewrites), _stacked(model, blocks))
+    return Plan(ordered, tuple(rewrites), _stacked(model, blocks), recipe.min_expert_tokens)
 
 
 def _targets(step: Step, inside: list[str], others: list[str]) -> list[str]:
@@ -117,11 +119,29 @@ def _layer_plan(step: Step, name: str, module: nn.Module) -> LayerPlan | None:
     return LayerPlan((rows, columns), method, scheme, step.input.build() if step.input else None)
 
 
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear by the name it is compressed under; those of stacked experts one by one."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if is_stacked(module):
+            found.update(linears(PackedExperts(module), path))
+        elif is_compressible(module):
+            found[path] = module
+    return found
+
+
 def _stacked(model: Any, blocks: str) -> tuple[str, ...]:
-    stacked = [p.numel() for n, p in model.named_parameters() if p.dim() == 3 and n.startswith(blocks + ".")]
+    """A notice of three-dimensional weights whose layout is not known."""
+    stacked = [
+        parameter.numel()
+        for path, module in model.named_modules()
+        if path.startswith(blocks + ".") and not is_stacked(module)
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() == 3
+    ]
     if not stacked:
         return ()
-    return (f"{len(stacked)} stacked expert tensors ({sum(stacked) / 1e6:.1f} M parameters) stay dense",)
+    return (f"{len(stacked)} stacked tensors ({sum(stacked) / 1e6:.1f} M parameters) stay dense",)
 
 
 def _check_tied(model: Any, name: str) -> None:

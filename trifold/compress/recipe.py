@@ -174,6 +174,7 @@ class Recipe(_Strict):
     nsamples: StrictInt = Field(default=128, ge=1)
     seqlen: StrictInt = Field(default=2048, ge=2)
     true_sequential: bool = True
+    min_expert_tokens: StrictInt = Field(default=128, ge=0)
     seed: StrictInt = Field(default=0, ge=0, lt=2**63)
 
     @field_validator("steps")
@@ -250,14 +251,14 @@ def build_method(name: str, options: Mapping[str, Any]) -> Method:
         if option not in known:
             raise RecipeError(f"{name}: {unknown_name('option', option, known)}")
     try:
-        return _adapter(kind).validate_python(dict(options))
+        return _adapter(name).validate_python(dict(options))
     except ValidationError as error:
         raise RecipeError(f"{name}: {_explain(error)}") from error
 
 
 @cache
-def _adapter(kind: type[Method]) -> TypeAdapter[Method]:
-    return TypeAdapter(kind)
+def _adapter(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(METHODS.get(name))
 
 
 def matches(pattern: str, layer: str) -> bool:
@@ -279,7 +280,7 @@ def _pattern(text: str) -> str:
 def _fields(data: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
     """Field -> [(owner, mapping that holds it)], with owners named as `--set OWNER.k=v` does."""
     owners: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for field in ("nsamples", "seqlen", "seed", "true_sequential"):
+    for field in ("nsamples", "seqlen", "seed", "true_sequential", "min_expert_tokens"):
         owners.setdefault(field, []).append(("recipe", data))
     for step in data["steps"]:
         for part in ("scheme", "options"):

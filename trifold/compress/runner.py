@@ -20,6 +20,7 @@ from trifold.compress.memory import free_bytes
 from trifold.core.method import Statistics
 from trifold.core.observe import Enough, Memory, remembered, watch
 from trifold.core.statistics import Observation
+from trifold.kernels import PackedExperts
 
 MEMORY_SHARE = 0.25  # of the memory free at the start of a block may hold remembered tensors
 
@@ -27,8 +28,10 @@ MEMORY_SHARE = 0.25  # of the memory free at the start of a block may hold remem
 class BlockRunner:
     """One block, its calls and the hidden states that enter it: (batch, seq, hidden) per batch.
 
-    stages: names of linears that share an input, in order of execution; the first leads. bypassed: linears
-    whose parent ran without calling them (it reads their weight itself), so that they have to stay dense.
+    stages: names of linears that share an input, in order of execution; the first leads. waves: stages that do
+    not depend on each other, such as the first linears of all experts, so that one pass can observe them all.
+    bypassed: linears whose parent ran without calling them (it reads their weight itself), so that they have to
+    stay dense.
     """
 
     def __init__(
@@ -47,11 +50,12 @@ class BlockRunner:
         self._held = 0
         self._plainly = False  # run everything each time: what a linear sees cannot be told from one forward
         self._endings: dict[str, tuple[str, Any]] = {}
-        self.stages = self._probe()
+        self.waves = self._probe()
+        self.stages = [stage for wave in self.waves for stage in wave]
 
     @torch.no_grad()
-    def _probe(self) -> list[list[str]]:
-        """One forward that finds the stages, and which submodules end with which linear."""
+    def _probe(self) -> list[list[list[str]]]:
+        """One forward that finds the waves of stages, and which submodules end with which linear."""
         stages: dict[tuple[Any, ...], list[str]] = {}
         alive: list[torch.Tensor] = []  # so that no address is used twice
         produced: dict[tuple[Any, ...], str] = {}
@@ -90,9 +94,24 @@ class BlockRunner:
         self.bypassed = [name for name in unseen if name.rpartition(".")[0] in ran]
         for name in self.bypassed:
             del self.linears[name]
-        unseen = [name for name in unseen if name not in self.bypassed]
-        self._plainly |= bool(unseen)
-        return [*stages.values(), *([name] for name in unseen)]
+        waves: dict[str, list[list[str]]] = {}
+        for stage in stages.values():
+            waves.setdefault(self._place(stage[0]), []).append(stage)
+        for name in unseen:
+            if name in self.bypassed:
+                continue
+            self._plainly |= self._place(name) not in waves  # a sibling shows when it runs
+            waves.setdefault(self._place(name), []).append([name])
+        return list(waves.values())
+
+    def _place(self, name: str) -> str:
+        """The name without the number of a sibling: modules of a list, such as experts, run side by side."""
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            if isinstance(self.block.get_submodule(".".join(parts[:i])), nn.ModuleList | PackedExperts):
+                parts[i] = "*"
+                break
+        return ".".join(parts)
 
     def _settled(self) -> dict[str, nn.Module]:
         """The outermost submodules whose linears are all final, and final linears outside of them."""
@@ -140,7 +159,7 @@ class BlockRunner:
         def see(name: str, x: torch.Tensor) -> None:
             seen[name].append(x.reshape(-1, x.shape[-1]))
             wide = x.shape[-1] > self.hidden[batch].shape[-1]  # an MLP's inside: cheaper to make again than to keep
-            if len(names) == 1 and name in ends and not wide and self._held < self._budget:
+            if name in ends and not wide and self._held < self._budget:
                 self._inputs[batch].keep(name, x)
             if all(seen.values()) and not self._plainly:
                 raise Enough

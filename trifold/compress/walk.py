@@ -12,10 +12,12 @@ from torch import nn
 from trifold.compress.block import BlockCompressor, Compressed, dense_tensors
 from trifold.compress.capture import Call, Tail, capture_calls, own_state
 from trifold.compress.job import Job
+from trifold.compress.memory import give_back
 from trifold.compress.runner import BlockRunner
 from trifold.core.linears import is_embedding, linears
 from trifold.core.method import LayerProblem
 from trifold.formats import bits_per_weight
+from trifold.kernels import unstack
 
 
 class Walk:
@@ -58,6 +60,8 @@ class Walk:
         """Compress the embeddings that the recipe names: the blocks then see what the packed ones give."""
         job = self.job
         for name, plan in job.plan.layers.items():
+            if name.startswith(job.source.blocks + "."):
+                continue
             module = job.source.model.get_submodule(name)
             if not is_embedding(module) or plan.scheme is None:
                 continue
@@ -87,6 +91,7 @@ class Walk:
         job, source = self.job, self.job.source
         prefix = f"{source.blocks}.{index}."
         block = source.open_block(index)
+        unstack(block, {name.removeprefix(prefix) for name in job.plan.layers if name.startswith(prefix)})
         targets = {n: m for n, m in linears(block).items() if prefix + n in job.plan.layers}
         runner = BlockRunner(block, targets, [calls[index] for calls in self.calls], self.hidden)
         for name in runner.bypassed:
@@ -99,8 +104,12 @@ class Walk:
         with compressor.rounded_inputs():
             result = compressor.solve(job.recipe.true_sequential)
             self.hidden, self.dense = runner.advance(), dense.advance() if dense else []
+        for notice in compressor.experts.notices(prefix):
+            job.report.notice(notice)
+        compressor.experts.release()
         result.tensors.update(dense_tensors(block, prefix, result.modules))
         source.close_block(index)
+        give_back()
         self.finished += 1
         errors = [entry["error"] for entry in result.report.values()]
         job.report.block(index, source.block_count, self.finished, sum(errors) / max(len(errors), 1))

@@ -37,10 +37,11 @@ def is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
 
 
+def is_compressible(module: nn.Module) -> bool:
+    """True for a matrix product with at least two outputs and inputs."""
+    return is_linear(module) and min(module.get_parameter("weight").shape) > 1
+
+
 def linears(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """Every matrix product below `module` with at least two outputs and inputs, by name."""
-    found = {}
-    for name, child in module.named_modules(prefix=prefix):
-        if is_linear(child) and min(child.get_parameter("weight").shape) > 1:
-            found[name] = child
-    return found
+    """Everything compressible below `module`, by name."""
+    return {name: child for name, child in module.named_modules(prefix=prefix) if is_compressible(child)}

@@ -3,7 +3,20 @@
 from trifold.kernels.dispatch import TABLE, Choice, explain, resolve
 from trifold.kernels.op import Op
 from trifold.kernels.packed_embedding import PackedEmbedding
+from trifold.kernels.packed_experts import PackedExperts, is_stacked, unstack
 from trifold.kernels.packed_linear import PackedLinear
 from trifold.kernels.storage import PackedModule
 
-__all__ = ["TABLE", "Choice", "Op", "PackedEmbedding", "PackedLinear", "PackedModule", "explain", "resolve"]
+__all__ = [
+    "TABLE",
+    "Choice",
+    "Op",
+    "PackedEmbedding",
+    "PackedExperts",
+    "PackedLinear",
+    "PackedModule",
+    "explain",
+    "is_stacked",
+    "resolve",
+    "unstack",
+]

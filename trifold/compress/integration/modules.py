@@ -12,14 +12,16 @@ from trifold.compress.block import Compressed
 from trifold.core.errors import CheckpointError
 from trifold.core.linears import is_embedding, is_linear, is_transposed
 from trifold.formats import FORMATS, Spec
-from trifold.kernels import PackedEmbedding, PackedLinear, PackedModule
+from trifold.kernels import PackedEmbedding, PackedLinear, PackedModule, unstack
 
 
 def replace_modules(model: nn.Module, modules: Mapping[str, Spec]) -> None:
     """Put an empty packed module, on the device of the dense one, wherever a spec says so.
 
-    Raises CheckpointError if a name or a shape does not fit the model.
+    Experts that a name singles out are taken from their stack. Raises CheckpointError if a name or a shape does
+    not fit the model.
     """
+    unstack(model, set(modules))
     for name, spec in modules.items():
         try:
             dense = model.get_submodule(name)
