@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import trifold
 from tests.eval.task_samples import CHOICE, ROLLING, TARGET, write_documents, write_task, write_tasks
 from tests.helpers import make_model, make_tokenizer
-from trifold.compress.summary import summarise
+from trifold.compress.summary import live_totals, summarise
 from trifold.core.errors import InputError
 from trifold.core.linears import set_weight
 from trifold.eval import evaluate_tasks, resolve_tasks
@@ -253,3 +253,9 @@ def test_limits(tiny, folder):
     for limit, documents in ((3, 3), (0.3, math.ceil(0.3 * 24)), (1000, 24)):
         report = trifold.evaluate_tasks(tiny(), folder / "target.yaml", limit=limit, **QUICK)
         assert report.model.output["n-samples"]["target"] == {"original": 24, "effective": documents}
+
+
+def test_no_bits_are_claimed_of_a_foreign_format(tiny):
+    model = trifold.load(tiny())
+    model.config.quantization_config = {"quant_method": "other"}
+    assert live_totals(model) == {}

@@ -47,7 +47,9 @@ def test_names_files_and_patterns(folder, monkeypatch):
     assert roots(resolve_tasks(["rolling", "choice"], [folder])) == ["rolling", "choice"]
     assert roots(resolve_tasks([folder / "choice.yaml", "rolling", "rolling"], [folder])) == ["choice", "rolling"]
     assert sorted(roots(resolve_tasks(["*o*i*"], [folder]))) == ["choice", "rolling"]
-    assert list(resolve_tasks(["both"], [folder]).tasks) == ["choice", "target"]
+    for name in ("both", folder / "both.yaml"):
+        tasks = resolve_tasks([name], [folder])
+        assert roots(tasks) == ["both"] and list(tasks.tasks) == ["choice", "target"]
     monkeypatch.chdir(folder)
     assert roots(resolve_tasks(["choice.yaml"])) == ["choice"]
 
@@ -67,7 +69,15 @@ def test_data_lies_beside_the_file_or_below_the_working_directory(tmp_path, monk
     assert len(resolve_tasks([path]).tasks["choice"].eval_docs) == 5  # the file's folder comes first
 
 
-def test_templates_functions_and_folders_of_the_package_kind(tmp_path, monkeypatch):
+def test_a_task_in_a_group_has_data_beside_it_too(tmp_path):
+    write_documents(tmp_path / "documents.jsonl", 3)
+    config = {**CHOICE, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "documents.jsonl"}}}
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump({"group": "mine", "task": [config]}))
+    (task,) = resolve_tasks([tmp_path]).tasks.values()
+    assert len(task.eval_docs) == 3
+
+
+def test_templates_and_functions(tmp_path):
     write_documents(tmp_path / "documents.jsonl", 2)
     (tmp_path / "common.yaml").write_text(yaml.safe_dump({k: v for k, v in CHOICE.items() if k != "task"}))
     (tmp_path / "helpers.py").write_text("def shout(document):\n    return document['question'].upper()\n")
@@ -77,6 +87,20 @@ def test_templates_functions_and_folders_of_the_package_kind(tmp_path, monkeypat
     )
     task = resolve_tasks([tmp_path]).tasks["mine"]
     assert task.VERSION == 1.5 and task.doc_to_text(task.eval_docs[0]).startswith("W")
+
+
+def test_a_file_comes_before_a_folder_and_a_folder_before_lm_eval(tmp_path, folder, stock):
+    config = yaml.safe_load((folder / "choice.yaml").read_text())
+    for place, version in ((stock, 7), (tmp_path, 8)):
+        write_documents(place / "documents.jsonl", 2)
+        write_task(place, {**config, "metadata": {"version": version}})
+    versions = [
+        resolve_tasks(*arguments).tasks["choice"].VERSION
+        for arguments in ((["choice"],), (["choice"], [tmp_path]), ([folder / "choice.yaml"], [tmp_path]))
+    ]
+    assert versions == [7, 8, 1.5]
+    with pytest.raises(InputError, match="task 'choice' is also defined in"):
+        resolve_tasks([folder / "choice.yaml", tmp_path / "choice.yaml"])
 
 
 def test_a_group_of_mine_may_hold_a_task_of_lm_evals(tmp_path, stock, folder):
@@ -125,6 +149,8 @@ def test_a_tag_of_tasks_without_data():
         ("task: mine\ninclude: absent.yaml\n", "absent.yaml"),
         ("output_type: multiple_choice\n", "names no `task:` or `group:`"),
         ("task: mine\noutput_type: guess\ndataset_path: json\n", "invalid output_type 'guess'"),
+        ("group: wrong.yaml\ntask: [{dataset_path: json}]\n", "in group 'wrong.yaml'.*mend its definition"),
+        ("task: [choice]\n", "names no `task:` or `group:`"),
         ("group: mine\ntask: [absent]\n", "unknown task 'absent'"),
         ("task: mine\ndataset_path: json\ndoc_to_text: !function nothing.here\n", "nothing"),
         ("task: mine\nunknown_key: 1\ndataset_path: json\n", "unknown_key"),
@@ -147,6 +173,7 @@ def test_a_wrong_file(tmp_path, text, fact):
         ({"doc_to_target": "{{no_such_field}}"}, "documents.jsonl", "no_such_field"),
         ({"test_split": "exam"}, "documents.jsonl", "exam"),
         ({"unsafe_code": True}, "documents.jsonl", "runs code that a model wrote"),
+        ({"doc_to_image": "picture"}, "documents.jsonl", "shows images"),
     ],
 )
 def test_a_wrong_definition(tmp_path, change, data, fact):

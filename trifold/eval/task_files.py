@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from trifold.compress.files import reason
@@ -26,6 +27,12 @@ from trifold.eval.harness import Tasks
 _IGNORED = {"__pycache__", ".ipynb_checkpoints"}
 _ADVICE = "`lm-eval ls tasks` lists lm-eval's own; yours are YAML files in --tasks-path"
 
+_ELSEWHERE = {  # what is not done here
+    "unsafe_code": "runs code that a model wrote",
+    "doc_to_image": "shows images",
+    "doc_to_audio": "plays sound",
+}
+
 
 def build(tasks: Iterable[str | os.PathLike[str]], tasks_path: Sequence[str | os.PathLike[str]]) -> Tasks:
     """See `trifold.eval.resolve_tasks`."""
@@ -33,14 +40,19 @@ def build(tasks: Iterable[str | os.PathLike[str]], tasks_path: Sequence[str | os
     for folder in folders:
         _definitions(folder)  # lm-eval skips what it cannot read
     names: list[str] = []
+    files: dict[str, Path] = {}
     for each in tasks:
         path = Path(each).expanduser()
         if path.is_dir() and next(path.rglob("*.yaml"), None):
             folders.append(path.resolve())
             names += _top_level(_definitions(path))
-        elif path.is_file():
-            names.append(str(path.resolve()))
-            _read(path, needed=True)
+        elif path.is_file() and _looks_like_path(os.fspath(each)):
+            name = _name(_read(path))
+            if name is None:
+                raise InputError(f"{path}: names no `task:` or `group:`; give a file that defines one")
+            if files.setdefault(name, path.resolve()) != path.resolve():
+                raise InputError(f"{path}: task {name!r} is also defined in {files[name]}; rename one of them")
+            names.append(name)
         elif isinstance(each, str) and each and not _looks_like_path(each):
             names.append(each)
         else:
@@ -48,21 +60,20 @@ def build(tasks: Iterable[str | os.PathLike[str]], tasks_path: Sequence[str | os
             raise InputError(f"--tasks {os.fspath(each)!r}: {what}; give names, YAML files or folders of them")
     if not names:
         raise InputError(f"--tasks: no task is named; {_ADVICE}")
-    manager = _manager(names, folders)
+    manager = _manager(names, folders, files)
     specs = dict.fromkeys(spec for name in names for spec in _matching(name, manager))
     for name in _missing(manager, specs):
         raise InputError(_unknown(name, manager))
     try:
         loaded = manager.load(list(specs))
-    except ValueError as error:  # the same task twice
-        raise InputError(f"--tasks: {reason(error)}; name it once") from error
+    except InputError:
+        raise
+    except Exception as error:  # the same task twice; whatever a wrong group leads to
+        advice = "name it once" if str(error).startswith("Duplicate") else "mend its definition or data"
+        raise InputError(f"--tasks: {reason(error)}; {advice}") from error
     groups = loaded.get("groups", {})
     inner = {name for group in groups.values() for name in group.child_names}
     roots = [item for name, item in {**groups, **loaded["tasks"]}.items() if name not in inner]
-    for name, task in loaded["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            what = "runs code that a model wrote" if getattr(task, "UNSAFE_CODE", False) else "is not about text alone"
-            raise InputError(f"task {name!r} {what}; leave it out here and use lm-eval itself")
     return Tasks(tuple(roots), dict(loaded["tasks"]), manager)
 
 
@@ -77,6 +88,10 @@ class _Factory(TaskFactory):
         return config if entry.yaml_path is None else _beside(config, Path(entry.yaml_path).parent)
 
     def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
+        found = _read(Path(entry.yaml_path)) if entry.yaml_path else entry.cfg or {}
+        for key, what in _ELSEWHERE.items():
+            if found.get(key):
+                raise InputError(f"task {entry.name!r} {what}; leave it out here and use lm-eval itself")
         config = self._load_full_config(entry, overrides)
         try:
             return super()._build_task(entry, overrides)
@@ -97,7 +112,7 @@ def _beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     def absolute(value: Any) -> Any:
         if isinstance(value, str):
-            return str(folder / value) if glob.glob(str(folder / value)) else value
+            return str(folder / value) if glob.glob(os.path.join(glob.escape(str(folder)), value)) else value
         if isinstance(value, Mapping):
             return {key: absolute(each) for key, each in value.items()}
         return [absolute(each) for each in value] if isinstance(value, list) else value
@@ -125,31 +140,35 @@ def _unreachable(name: str, config: Mapping[str, Any]) -> str:
     )
 
 
-def _manager(names: Sequence[str], folders: Sequence[Path]) -> TaskManager:
-    """Knows the folders' tasks; lm-eval's own, which take long to read, only if something else is named."""
-    manager = TaskManager(include_path=[str(each) for each in folders], include_defaults=False)
+def _manager(names: Sequence[str], folders: Sequence[Path], files: Mapping[str, Path]) -> TaskManager:
+    """Knows the tasks of the folders and files; lm-eval's own, slow to read, only if one is named."""
+
+    def knowing(everything: bool) -> TaskManager:
+        manager = TaskManager(include_path=[str(each) for each in folders], include_defaults=everything)
+        for name, path in files.items():
+            manager.task_index.pop(name, None)
+            TaskIndex.process_cfg(_read(path), path, manager.task_index)
+        return manager
+
+    manager = knowing(everything=False)
     if _missing(manager, names):
-        manager = TaskManager(include_path=[str(each) for each in folders])
+        manager = knowing(everything=True)
     manager._factory = _Factory(meta=None)
     return manager
 
 
 def _missing(manager: TaskManager, names: Iterable[str]) -> list[str]:
-    """What of these names and files, and of the groups among them, the manager does not know."""
+    """What of these names, and of the groups among them, the manager does not know."""
     found: list[str] = []
     for name in names:
-        if os.path.isabs(name):
-            found += _missing(manager, _members(_read(Path(name))))
-        elif name not in manager.task_index:
-            found.append(name)
-        else:
-            found += _missing(manager, _members(manager.task_index[name].cfg or {}))
+        entry = manager.task_index.get(name)
+        found += [name] if entry is None else _missing(manager, _members(entry.cfg or {}))
     return found
 
 
 def _matching(name: str, manager: TaskManager) -> list[str]:
-    """The names that a pattern stands for; a plain name or a file stands for itself."""
-    return [name] if "*" not in name or os.path.isabs(name) else manager.match_tasks([name]) or [name]
+    """The names that a pattern stands for; a plain name stands for itself."""
+    return manager.match_tasks([name]) or [name] if "*" in name else [name]
 
 
 def _unknown(name: str, manager: TaskManager) -> str:
@@ -165,8 +184,8 @@ def _definitions(folder: Path) -> dict[str, dict[str, Any]]:
         if _IGNORED.intersection(path.parts):
             continue
         config = _read(path)
-        name = config.get("group") or config.get("task")
-        if not isinstance(name, str):
+        name = _name(config)
+        if name is None:
             continue
         if name in found:
             raise InputError(f"{path}: task {name!r} is also defined in {sources[name]}; rename one of them")
@@ -192,17 +211,20 @@ def _members(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _read(path: Path, needed: bool = False) -> dict[str, Any]:
-    """A task file, not importing the functions that it names. Raises InputError, if `needed` also for a template."""
+def _name(config: Mapping[str, Any]) -> str | None:
+    """Of the task or group that a file defines; None if it is a template for others."""
+    name = config.get("group") or config.get("task")
+    return name if isinstance(name, str) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A task file, without importing the functions that it names. Raises InputError if it cannot be read."""
     try:
-        config = load_yaml(path, resolve_func=False)
+        return dict(load_yaml(path, resolve_func=False))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({reason(error)}); mend it") from error
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: cannot be read as a task ({reason(error)}); mend it") from error
-    if needed and not (config.get("task") or config.get("group")):
-        raise InputError(f"{path}: names no `task:` or `group:`; give a file that defines one")
-    return config
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
