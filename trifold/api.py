@@ -1,10 +1,10 @@
-"""The functions of the public API: `compress`, `load`, `evaluate`."""
+"""The functions of the public API: `compress`, `load`, `evaluate`, `evaluate_tasks`."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +67,16 @@ def evaluate(
     max_windows: int | None = None,
     stride: int | None = None,
     dtype: str | torch.dtype = "auto",
-    batch_size: int = 1,
+    batch_size: int | str = "auto",
     speed: bool = True,
     trust_remote_code: bool = False,
 ) -> Any:
     """Perplexity on a text; KL and top-1 agreement against a baseline; decode speed and memory.
 
     model, baseline: live models, folders or hub ids. text: a file, a dataset name, or an iterable of texts or
-    token ids. Returns an `EvalReport`. Raises InputError.
+    token ids. batch_size: windows; "auto" is about 1024 tokens. Returns an `EvalReport`. Raises InputError.
     """
-    from trifold.compress.calibration import text_windows
+    from trifold.compress.calibration import default_batch_size, text_windows
     from trifold.eval import evaluate as score
 
     trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
@@ -84,10 +84,72 @@ def evaluate(
         needed = isinstance(text, str | os.PathLike)
         with contextlib.nullcontext() if needed else contextlib.suppress(CheckpointError):
             tokenizer = load_tokenizer(model, **trust)
-    model = load(model, dtype=dtype, **trust) if isinstance(model, str | os.PathLike) else model
+    model = _loaded(model, dtype, trust)
     windows = text_windows(text, tokenizer, model.config, max_windows, seqlen, stride, option="--text")
-    baseline = load(baseline, dtype=dtype, **trust) if isinstance(baseline, str | os.PathLike) else baseline
-    return score(model, windows, baseline, speed=speed, batch_size=batch_size)
+    size = default_batch_size(windows) if isinstance(batch_size, str) else batch_size
+    return score(model, windows, _loaded(baseline, dtype, trust), speed=speed, batch_size=size)
 
 
-__all__ = ["compress", "evaluate", "load", "load_tokenizer"]
+def evaluate_tasks(
+    model: Any,
+    tasks: Any,
+    baseline: Any = None,
+    *,
+    tokenizer: Any = None,
+    tasks_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    batch_size: int | str = "auto",
+    seed: int | None = None,
+    bootstrap_iters: int = 100_000,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> Any:
+    """lm-eval's tasks, on a model and, with a baseline, on both, with their paired differences.
+
+    model, baseline: live models, folders or hub ids. tasks: the name of a task, group or tag, a YAML file, a folder
+    of them, a list of these, or what `trifold.eval.resolve_tasks` made of them. tokenizer: of the model; one that was
+    loaded from a folder brings its own. The other options are those of `trifold.eval.evaluate_tasks`. Returns a
+    `TaskReport`. Raises InputError, before a model is loaded if it is for the tasks.
+    """
+    from trifold.eval import Tasks, resolve_tasks
+    from trifold.eval import evaluate_tasks as score
+
+    trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    named = [tasks] if isinstance(tasks, str | os.PathLike) else tasks
+    paths = [tasks_path] if isinstance(tasks_path, str | os.PathLike) else tasks_path
+    chosen = tasks if isinstance(tasks, Tasks) else resolve_tasks(named, paths, progress)
+    model = _loaded(model, dtype, trust)
+    baseline = _loaded(baseline, dtype, trust)
+    own = [None if each is None else _own_tokenizer(each, trust) for each in (model, baseline)]
+    tokenizer = own[0] if tokenizer is None else tokenizer
+    if tokenizer is None:
+        raise InputError("the model was not loaded from a folder with a tokenizer; give tokenizer=")
+    return score(
+        model,
+        tokenizer,
+        chosen,
+        baseline,
+        own[1],
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
+        bootstrap_iters=bootstrap_iters,
+        progress=progress,
+    )
+
+
+def _loaded(model: Any, dtype: str | torch.dtype, trust: dict[str, Any]) -> Any:
+    return load(model, dtype=dtype, **trust) if isinstance(model, str | os.PathLike) else model
+
+
+def _own_tokenizer(model: Any, trust: dict[str, Any]) -> Any:
+    """The tokenizer of where a model was loaded from; None if there is none."""
+    with contextlib.suppress(CheckpointError):
+        return load_tokenizer(getattr(model, "name_or_path", ""), **trust)
+    return None
+
+
+__all__ = ["compress", "evaluate", "evaluate_tasks", "load", "load_tokenizer"]

@@ -8,8 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import trifold.eval
 from trifold.compress.text import windows_from_samples
-from trifold.core.errors import InputError
-from trifold.eval import EvalReport, PerplexityResult, evaluate, evaluate_windows, paired_difference
+from trifold.eval import EvalReport, PerplexityResult, evaluate, evaluate_windows
 
 KEYS = {
     "perplexity",
@@ -96,22 +95,6 @@ def test_json_holds_no_nan():
     assert (entries["perplexity"], entries["loss"], entries["kl"]) == (None, 800.0, None)
     assert entries["window_losses"] == [None, 1.0]
     assert entries["baseline"] == {"perplexity": None, "loss": None}
-
-
-def test_paired_difference():
-    mean, error = paired_difference([3.0, 2.0, 5.0, 4.0], [2.0, 2.0, 3.0, 3.0])  # differences 1, 0, 2, 1
-    assert mean == 1.0
-    assert error == pytest.approx(math.sqrt(2 / 3) / 2)
-    assert paired_difference([1.5, 2.5], [1.0, 2.0]) == (0.5, 0.0)
-    mean, error = paired_difference([2.0], [1.0])
-    assert mean == 1.0
-    assert math.isnan(error)
-
-
-@pytest.mark.parametrize(("a", "b"), [([1.0], [1.0, 2.0]), ([], [])])
-def test_paired_difference_needs_the_same_windows(a, b):
-    with pytest.raises(InputError, match=f"{len(a)} and {len(b)} window losses"):
-        paired_difference(a, b)
 
 
 def test_public_names_exist():

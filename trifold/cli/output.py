@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from trifold.core.errors import InputError
@@ -60,7 +60,7 @@ def calm(quiet: bool) -> None:
         logging.disable_progress_bar()
 
 
-def emit(data: dict[str, Any], json_to: str | None, table: Table | None) -> None:
+def emit(data: dict[str, Any], json_to: str | None, table: RenderableType | None) -> None:
     """Print the table, and write the JSON where it is wanted; '-' replaces the table."""
     if json_to:
         text = json.dumps(data, indent=2, sort_keys=True) + "\n"

@@ -48,6 +48,22 @@ def totals(modules: Mapping[str, Spec], other: Mapping[str, tuple[int, int]], de
     }
 
 
+def live_totals(model: Any) -> dict[str, Any]:
+    """`totals` of a loaded model, as it is in memory. Of a dense one only model_bits_per_weight, of one that is
+    quantised otherwise nothing.
+    """
+    quantization = getattr(model.config, "quantization_config", None)
+    modules = getattr(quantization, "modules", {})
+    if quantization is not None and getattr(quantization, "quant_method", None) != QUANT_METHOD:
+        return {}
+    saved = set(model.state_dict())  # not what is computed at load, such as rotary frequencies
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # tied ones once
+    other = {k: (t.numel(), t.nbytes) for k, t in tensors.items() if k in saved and not _packed(k, modules)}
+    if not modules:
+        return {"model_bits_per_weight": 8 * sum(b for _, b in other.values()) / sum(n for n, _ in other.values())}
+    return totals(modules, other, model.dtype.itemsize)
+
+
 def summarise(folder: Path) -> dict[str, Any]:
     """Layers and totals of one of our checkpoints. Raises CheckpointError if it is none."""
     config = _read_json(folder / "config.json")
@@ -90,13 +106,18 @@ def _others(folder: Path, modules: Mapping[str, Spec]) -> dict[str, tuple[int, i
     for file in sorted(set(shard_files(folder).values())):
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
-                name, _, leaf = key.rpartition(".")
-                if name in modules and leaf.startswith("weight"):
+                if _packed(key, modules):
                     continue
                 part = handle.get_slice(key)
                 count = math.prod(part.get_shape())
                 found[key] = (count, count * _ITEM_BYTES.get(part.get_dtype(), 1))
     return found
+
+
+def _packed(key: str, modules: Mapping[str, Spec]) -> bool:
+    """Whether the tensor of this name is a part of a compressed weight."""
+    name, _, leaf = key.rpartition(".")
+    return name in modules and leaf.startswith("weight")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from trifold.compress.text import Windows
-from trifold.core.errors import InputError
 from trifold.eval.divergence import evaluate_windows
 from trifold.eval.forward import device_of
 from trifold.eval.perplexity import PerplexityResult
@@ -98,20 +95,6 @@ def evaluate(
         window_losses=scores.model.window_losses,
         baseline=scores.baseline,
     )
-
-
-def paired_difference(a_losses: Sequence[float], b_losses: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of `a - b` over the same windows (nats per token), the window being the unit.
-
-    The standard error of a single window is NaN. Raises InputError unless both have as many, at least one.
-    """
-    if len(a_losses) != len(b_losses) or not a_losses:
-        counts = f"{len(a_losses)} and {len(b_losses)} window losses"
-        raise InputError(f"{counts}: give two evaluations of the same windows")
-    differences = [a - b for a, b in zip(a_losses, b_losses, strict=True)]
-    if len(differences) == 1:
-        return differences[0], math.nan
-    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def _finite(value: float | None) -> float | None:
