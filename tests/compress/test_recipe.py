@@ -262,11 +262,19 @@ def test_a_rewrite_comes_before_the_layers_it_rewrites_are_solved(model):
         make_plan(Recipe.load({"steps": [first, {"method": "awq"}, rest]}), model, LAYERS)
 
 
-def test_tied_head_is_refused():
+@pytest.mark.parametrize("target", ["lm_head", "*embed_tokens", "head", "embeddings"])
+def test_a_tied_pair_is_one_weight_under_any_name(target):
     tied = make_model(tie_word_embeddings=True)
-    recipe = Recipe.load({"steps": [{"method": "rtn", "targets": ["lm_head"]}]})
-    with pytest.raises(RecipeError, match="lm_head: shares its weight with"):
-        make_plan(recipe, tied, LAYERS)
+    recipe = Recipe.load({"steps": [{"method": "rtn", "targets": [target]}]})
+    assert list(make_plan(recipe, tied, LAYERS).layers) == ["model.embed_tokens"]
+
+
+def test_embeddings_and_head_by_role():
+    untied = make_model(tie_word_embeddings=False)
+    recipe = Recipe.load({"steps": [{"method": "rtn", "targets": ["head", "embeddings"]}]})
+    assert sorted(make_plan(recipe, untied, LAYERS).layers) == ["lm_head", "model.embed_tokens"]
+    gpt2 = make_model("gpt2")
+    assert list(make_plan(recipe, gpt2, "transformer.h").layers) == ["transformer.wte"]
 
 
 @pytest.mark.parametrize(

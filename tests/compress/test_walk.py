@@ -1,8 +1,10 @@
 """What the walk over the blocks promises beyond the checkpoint it writes."""
 
+import copy
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +21,7 @@ from trifold.core.errors import RecipeError
 from trifold.core.linears import linears
 from trifold.core.obs import relative_error
 from trifold.core.statistics import Gram, Observation
-from trifold.kernels import PackedEmbedding, PackedLinear
+from trifold.kernels import PackedEmbedding, PackedLinear, TiedLinear
 
 RUN = {"nsamples": 11, "seqlen": 32, "verbosity": -1}
 
@@ -207,13 +209,53 @@ def test_untied_embeddings_can_be_addressed_by_pattern(tmp_path, tiny, text, liv
             torch.testing.assert_close(model(ids).logits, reference)
 
 
-def test_embeddings_take_only_what_needs_no_inputs_and_tied_ones_stay(tiny, text):
+def test_embeddings_take_only_what_needs_no_inputs(tiny, text):
     step = {"method": "gptq", "targets": ["*embed_tokens"]}
     with pytest.raises(RecipeError, match="no inputs to calibrate on; use a step with method: rtn"):
         job_of(str(tiny("llama", tie_word_embeddings=False)), {"steps": [step]}, text)
-    step = {"method": "rtn", "targets": ["*embed_tokens"]}
-    with pytest.raises(RecipeError, match=r"model.embed_tokens: shares its weight with lm_head.weight"):
-        job_of(str(tiny("llama", tie_word_embeddings=True)), {"steps": [step]}, text)
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", torch.float32), ("llama", torch.bfloat16), ("gpt2", torch.float32)]
+)
+def test_a_tied_pair_shares_one_packed_table(tmp_path, tiny, text, live, family, dtype):
+    folder = tiny(family, dtype, tie_word_embeddings=True)
+    steps = [
+        {"method": "gptq", "scheme": {"bits": 4, "group_size": 16}},
+        {"name": "ends", "method": "rtn", "targets": ["head"], "scheme": {"bits": 4, "group_size": 16}},
+    ]
+    model, out = AutoModelForCausalLM.from_pretrained(folder), tmp_path / "out"
+    given = {"tokenizer": make_tokenizer()} if live else {}
+    result = trifold.compress(model if live else folder, {"steps": steps}, text, out, **RUN, **given)
+    report = result.trifold_report if live else result
+    assert len(report["layers"]) == len(set(report["layers"])) and report["mean_error"] < 0.1
+    loaded = trifold.load(out)
+    table, head = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+    assert isinstance(table, PackedEmbedding) and isinstance(head, TiedLinear)
+    assert not list(head.buffers()) and not list(head.parameters())
+    stored = [
+        name
+        for name in safetensors.torch.load_file(out / "model.safetensors")
+        if "wte" in name or "embed_tokens" in name
+    ]
+    assert len(stored) == 3 and "lm_head.weight" not in stored
+    x = torch.randn(3, 5, table.embedding_dim, dtype=dtype)
+    torch.testing.assert_close(
+        head(x), torch.nn.functional.linear(x, table.dequantize().to(dtype)), rtol=2e-2, atol=1e-2
+    )
+    ids = torch.arange(2, 42).reshape(2, 20)
+    with torch.no_grad():
+        reference = loaded(ids).logits
+        loaded.save_pretrained(tmp_path / "again")
+        again = trifold.load(tmp_path / "again")
+        assert isinstance(again.get_output_embeddings(), TiedLinear)
+        assert torch.equal(again(ids).logits, reference)
+        assert torch.equal(copy.deepcopy(loaded)(ids).logits, reference)
+        if live:
+            torch.testing.assert_close(model(ids).logits, reference)
+    loaded.to(torch.float32)
+    assert loaded.get_output_embeddings()(x.float()).dtype == torch.float32
 
 
 def test_a_live_model_whose_blocks_cannot_be_captured_is_whole(text, monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from trifold.compress.recipe import BLOCKS, Recipe, Step, matches
+from trifold.compress.recipe import BLOCKS, EMBEDDINGS, HEAD, Recipe, Step, matches
 from trifold.core.errors import RecipeError
 from trifold.core.linears import is_compressible, is_embedding, is_transposed, linears
 from trifold.core.method import BlockMethod, LayerMethod
@@ -53,11 +53,16 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
     inside = [name for name in modules if name.startswith(blocks + ".")]
     modules |= {n: m for n, m in model.named_modules() if is_embedding(m) and not n.startswith(blocks + ".")}
     others = [name for name in modules if not name.startswith(blocks + ".")]
+    tied = _tied(model, modules)
+    ends = {
+        EMBEDDINGS: _name_of(model, model.get_input_embeddings()),
+        HEAD: _name_of(model, model.get_output_embeddings()),
+    }
     layers: dict[str, LayerPlan] = {}
     owner: dict[str, str] = {}
     rewrites = []
     for step in recipe.steps:
-        names = _targets(step, inside, others)
+        names = list(dict.fromkeys(tied.get(name, name) for name in _targets(step, inside, others, ends)))
         if not step.solves:
             method = step.build()
             if not isinstance(method, BlockMethod):
@@ -74,8 +79,12 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
                 raise RecipeError(
                     f"{name}: both {owner[name]!r} and {step.name!r} would solve it; add it to one step's `ignore`"
                 )
-            _check_tied(model, name)
-            plan = _layer_plan(step, name, modules[name])
+            sharing = [other for other, source in tied.items() if source == name]
+            if sharing and not is_embedding(modules[name]):
+                raise RecipeError(
+                    f"{name}: shares its weight with {sharing[0]} in a way that cannot be packed; leave it out"
+                )
+            plan = _layer_plan(step, name, modules[name], sharing)
             if plan is not None:
                 owner[name], layers[name] = step.name, plan
     ordered = {name: layers[name] for name in (*inside, *others) if name in layers}
@@ -86,10 +95,26 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
     return Plan(ordered, tuple(rewrites), _stacked(model, blocks), recipe.min_expert_tokens)
 
 
-def _targets(step: Step, inside: list[str], others: list[str]) -> list[str]:
+def _name_of(model: nn.Module, wanted: nn.Module | None) -> list[str]:
+    return [name for name, module in model.named_modules() if module is wanted]
+
+
+def _tied(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layer -> the layer whose weight it shares and that is compressed for both: the embedding."""
+    pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    found = {}
+    for target, source in pairs.items():
+        one, other = target.rpartition(".")[0], source.rpartition(".")[0]
+        if one in modules and other in modules:
+            found[one] = other
+    return found
+
+
+def _targets(step: Step, inside: list[str], others: list[str], ends: Mapping[str, list[str]]) -> list[str]:
     everything, chosen = [*inside, *others], dict[str, None]()
     for pattern in step.targets:
-        found = inside if pattern == BLOCKS else [name for name in everything if matches(pattern, name)]
+        named = {BLOCKS: inside, **ends}.get(pattern)
+        found = [name for name in everything if matches(pattern, name)] if named is None else named
         if not found:
             raise RecipeError(
                 f"step {step.name!r}: target {pattern!r} fits no linear layer or embedding, e.g. {everything[0]}"
@@ -101,7 +126,7 @@ def _targets(step: Step, inside: list[str], others: list[str]) -> list[str]:
     return [name for name in chosen if not any(matches(pattern, name) for pattern in step.ignore)]
 
 
-def _layer_plan(step: Step, name: str, module: nn.Module) -> LayerPlan | None:
+def _layer_plan(step: Step, name: str, module: nn.Module, sharing: list[str]) -> LayerPlan | None:
     changes: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for override in step.overrides:
@@ -113,7 +138,10 @@ def _layer_plan(step: Step, name: str, module: nn.Module) -> LayerPlan | None:
     method, scheme = step.build(options), step.scheme_with(changes)
     assert isinstance(method, LayerMethod)
     if is_embedding(module) and (method.needs or step.input):
-        raise RecipeError(f"{name}: an embedding has no inputs to calibrate on; use a step with method: rtn for it")
+        both = "".join(f" (and of {other}, which shares it)" for other in sharing)
+        raise RecipeError(
+            f"{name}{both}: an embedding has no inputs to calibrate on; use a step with method: rtn for it"
+        )
     shape = tuple(module.get_parameter("weight").shape)
     rows, columns = reversed(shape) if is_transposed(module) else shape
     return LayerPlan((rows, columns), method, scheme, step.input.build() if step.input else None)
@@ -142,10 +170,3 @@ def _stacked(model: Any, blocks: str) -> tuple[str, ...]:
     if not stacked:
         return ()
     return (f"{len(stacked)} stacked tensors ({sum(stacked) / 1e6:.1f} M parameters) stay dense",)
-
-
-def _check_tied(model: Any, name: str) -> None:
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    for one, other in [*tied.items(), *((b, a) for a, b in tied.items())]:
-        if one == f"{name}.weight":
-            raise RecipeError(f"{name}: shares its weight with {other}, which stays dense; leave it out")

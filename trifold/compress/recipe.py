@@ -31,7 +31,7 @@ from trifold.core.errors import RecipeError, unknown_name
 from trifold.core.method import METHODS, LayerMethod, Method
 from trifold.core.scheme import InputScheme, Scheme
 
-BLOCKS = "blocks"
+BLOCKS, EMBEDDINGS, HEAD = "blocks", "embeddings", "head"  # targets that every model has under some name
 """The target that means: every linear inside the decoder blocks."""
 
 

@@ -6,6 +6,7 @@ from trifold.kernels.packed_embedding import PackedEmbedding
 from trifold.kernels.packed_experts import PackedExperts, is_stacked, unstack
 from trifold.kernels.packed_linear import PackedLinear
 from trifold.kernels.storage import PackedModule
+from trifold.kernels.tied_linear import TiedLinear
 
 __all__ = [
     "TABLE",
@@ -15,6 +16,7 @@ __all__ = [
     "PackedExperts",
     "PackedLinear",
     "PackedModule",
+    "TiedLinear",
     "explain",
     "is_stacked",
     "resolve",

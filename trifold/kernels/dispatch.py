@@ -56,7 +56,7 @@ def _reason(row: Row, spec: Spec, dtype: torch.dtype, device: torch.device) -> s
     return row.op.supports(spec, dtype, device)
 
 
-def _choose(spec: Spec, dtype: torch.dtype, device: torch.device) -> tuple[Op, dict[str, str]]:
+def _choose(spec: Spec, dtype: torch.dtype, device: torch.device, in_place: bool = False) -> tuple[Op, dict[str, str]]:
     if not dtype.is_floating_point:
         raise TypeError(f"activations must be floating point, not {dtype}")
     rejected: dict[str, str] = {}
@@ -64,15 +64,20 @@ def _choose(spec: Spec, dtype: torch.dtype, device: torch.device) -> tuple[Op, d
         if row.quantized_input != bool(spec.get("input")):
             continue
         reason = _reason(row, spec, dtype, device)
+        if reason is None and in_place and row.op.replaces:
+            reason = "keeps a layout of its own, but the tensors are shared"
         if reason is None:
             return row.op, rejected
         rejected[row.op.name] = reason
     raise AssertionError("the naive ops support everything")
 
 
-def resolve(spec: Spec, dtype: torch.dtype, device: torch.device) -> Op:
-    """The op for activations of `dtype` on `device`. Raises TypeError if they are not floating point."""
-    return _choose(spec, dtype, device)[0]
+def resolve(spec: Spec, dtype: torch.dtype, device: torch.device, in_place: bool = False) -> Op:
+    """The op for activations of `dtype` on `device`; `in_place`: one that runs on the portable tensors.
+
+    Raises TypeError if the activations are not floating point.
+    """
+    return _choose(spec, dtype, device, in_place)[0]
 
 
 def explain(spec: Spec, dtype: torch.dtype, device: torch.device | str) -> Choice:

@@ -12,7 +12,7 @@ from trifold.compress.block import Compressed
 from trifold.core.errors import CheckpointError
 from trifold.core.linears import is_embedding, is_linear, is_transposed
 from trifold.formats import FORMATS, Spec
-from trifold.kernels import PackedEmbedding, PackedLinear, PackedModule, unstack
+from trifold.kernels import PackedEmbedding, PackedLinear, PackedModule, TiedLinear, unstack
 
 
 def replace_modules(model: nn.Module, modules: Mapping[str, Spec]) -> None:
@@ -28,6 +28,18 @@ def replace_modules(model: nn.Module, modules: Mapping[str, Spec]) -> None:
         except AttributeError as error:
             raise CheckpointError(f"config.json: no layer {name!r} in {type(model).__name__}") from error
         model.set_submodule(name, _packed(name, dense, spec))
+    _tie(model)
+
+
+def _tie(model: nn.Module) -> None:
+    """Let output heads that share an embedding's weight run on its packed table."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, source in list(tied.items()):
+        table, name = model.get_submodule(source.rpartition(".")[0]), target.rpartition(".")[0]
+        if isinstance(table, PackedEmbedding):
+            bias = getattr(model.get_submodule(name), "bias", None)
+            model.set_submodule(name, TiedLinear(table, bias is not None, table.dtype if bias is None else bias.dtype))
+            del tied[target]  # or transformers would look for a parameter to tie
 
 
 def _packed(name: str, dense: nn.Module, spec: Spec) -> PackedModule:
