@@ -50,10 +50,10 @@ def own_state(calls: list[Call]) -> list[Call]:
 
 
 class _Stub(nn.Module):
-    def __init__(self, block: nn.Module, seen: list[tuple[torch.Tensor, Call]], last: bool, as_tuple: bool):
+    def __init__(self, block: nn.Module, seen: list[tuple[torch.Tensor, Call]], last: bool, arity: int):
         super().__init__()
         object.__setattr__(self, "_block", block)
-        self.seen, self.last, self.as_tuple = seen, last, as_tuple
+        self.seen, self.last, self.arity = seen, last, arity
 
     def __getattr__(self, name: str) -> Any:  # decoder loops read attributes such as the attention type
         try:
@@ -67,32 +67,37 @@ class _Stub(nn.Module):
         self.seen.append((hidden, Call(args[1:], rest, bool(args))))
         if self.last:
             raise _Stop
-        return (hidden,) if self.as_tuple else hidden
+        return self.returned(hidden)
+
+    def returned(self, hidden: torch.Tensor) -> Any:
+        return (hidden, *[None] * (self.arity - 1)) if self.arity else hidden
 
 
 @dataclass(frozen=True)
 class Captured:
-    """hidden: states that enter block 0, (batch, seq, hidden). calls: of every block. as_tuple: whether the
-    decoder expects its blocks to return tuples."""
+    """hidden: states that enter block 0, (batch, seq, hidden). calls: of every block. arity: length of the
+    tuples that the decoder expects its blocks to return, 0 if it expects a tensor."""
 
     hidden: torch.Tensor
     calls: list[Call]
-    as_tuple: bool
+    arity: int
 
 
 @torch.no_grad()
 def capture_calls(model: Any, blocks: nn.ModuleList, ids: torch.Tensor) -> Captured:
     """Record what every block is called with for ids (batch, seq) int64. Blocks may be on the meta device.
 
-    Raises InputError if the decoder does not call its blocks one after the other.
+    Raises InputError if the decoder does not call its blocks one after the other, each on what the one before
+    it returns, or if it changes their weights.
     """
     real = list(blocks)
+    written = [p._version for p in blocks.parameters()]
     problem: Exception | None = None
-    for as_tuple in (False, True):  # whether blocks return a tensor or a tuple is found out, not declared
+    for arity in range(4):  # what blocks return is found out, not declared
         seen: list[tuple[torch.Tensor, Call]] = []
         problem = None
         for i, block in enumerate(real):
-            blocks[i] = _Stub(block, seen, i == len(real) - 1, as_tuple)
+            blocks[i] = _Stub(block, seen, i == len(real) - 1, arity)
         try:
             model(input_ids=ids, use_cache=False)
         except _Stop:
@@ -104,20 +109,24 @@ def capture_calls(model: Any, blocks: nn.ModuleList, ids: torch.Tensor) -> Captu
         finally:
             for i, block in enumerate(real):
                 blocks[i] = block
-        if problem is None and len(seen) == len(real) and all(h.shape == seen[0][0].shape for h, _ in seen):
-            return Captured(seen[0][0], [call for _, call in seen], as_tuple)
+        if written != [p._version for p in blocks.parameters()]:
+            raise InputError(f"{type(model).__name__}: it changes the weights of its blocks when it runs")
+        if problem is None and len(seen) == len(real):
+            if all(torch.equal(hidden, seen[0][0]) for hidden, _ in seen):
+                return Captured(seen[0][0], [call for _, call in seen], arity)
+            problem = ValueError("hidden states are changed between blocks")
     raise InputError(f"{type(model).__name__}: its blocks cannot be run one by one ({problem!r})")
 
 
 class _Inject(_Stub):
     """Passes the given hidden states on in place of a block's own."""
 
-    def __init__(self, block: nn.Module, hidden: torch.Tensor, as_tuple: bool):
-        super().__init__(block, [], False, as_tuple)
+    def __init__(self, block: nn.Module, hidden: torch.Tensor, arity: int):
+        super().__init__(block, [], False, arity)
         self.hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.hidden,) if self.as_tuple else self.hidden
+        return self.returned(self.hidden)
 
 
 class Tail(nn.Module):
@@ -126,16 +135,16 @@ class Tail(nn.Module):
     It shares the model's submodules under their own names.
     """
 
-    def __init__(self, model: Any, blocks: nn.ModuleList, as_tuple: bool) -> None:
+    def __init__(self, model: Any, blocks: nn.ModuleList, arity: int) -> None:
         super().__init__()
         self._modules = model._modules
-        object.__setattr__(self, "_owner", (model, blocks, as_tuple))
+        object.__setattr__(self, "_owner", (model, blocks, arity))
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        model, blocks, as_tuple = object.__getattribute__(self, "_owner")
+        model, blocks, arity = object.__getattribute__(self, "_owner")
         real = list(blocks)
         for i, block in enumerate(real):
-            blocks[i] = _Inject(block, hidden, as_tuple)
+            blocks[i] = _Inject(block, hidden, arity)
         try:
             return model(input_ids=ids, use_cache=False).logits
         finally:
