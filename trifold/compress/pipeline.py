@@ -221,6 +221,7 @@ def _report(
         "batch_size": job.batch_size,
         "dtype": job.dtype_name,
         "versions": versions(),
+        "notices": [*job.source.notices, *job.plan.notices],
         "layers": everything.report,
         "mean_error": sum(e["error"] for e in everything.report.values()) / len(everything.report),
         **sizes,

@@ -60,13 +60,34 @@ class Topology:
     head_dim: int = 0
 
 
+def text_decoder(model: Any) -> tuple[str, nn.Module]:
+    """Path and module of the part that maps token embeddings to hidden states; the model itself if it has no
+    part of that kind."""
+    decoder = model.get_decoder() if callable(getattr(model, "get_decoder", None)) else None
+    return next(((name, module) for name, module in model.named_modules() if module is decoder), ("", model))
+
+
+def towers(model: Any) -> tuple[str, ...]:
+    """Paths of what is neither the text decoder nor the head: vision and audio towers, and their projectors."""
+    decoder, _ = text_decoder(model)
+    head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    found: list[str] = []
+    for name, module in model.named_modules() if decoder else ():
+        inside = any(name == known or name.startswith(known + ".") for known in (decoder, *found))
+        around = not name or decoder.startswith(name + ".")
+        if not inside and not around and module is not head and any(p.numel() for p in module.parameters()):
+            found.append(name)
+    return tuple(found)
+
+
 def find_blocks(model: nn.Module) -> str:
-    """Path of the decoder blocks: the ModuleList with the most parameters that lies in no other one.
+    """Path of the text decoder's blocks: the ModuleList with the most parameters that lies in no other one.
 
     Works on the meta device. Raises CheckpointError if the model has none.
     """
+    path, decoder = text_decoder(model)
     outer: dict[str, int] = {}
-    for name, module in model.named_modules():
+    for name, module in decoder.named_modules(prefix=path):
         if isinstance(module, nn.ModuleList) and not any(name.startswith(known + ".") for known in outer):
             outer[name] = sum(p.numel() for p in module.parameters())
     if not outer or not max(outer.values()):
