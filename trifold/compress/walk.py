@@ -87,6 +87,9 @@ class Walk:
         prefix = f"{source.blocks}.{index}."
         block = source.open_block(index)
         targets = {n: m for n, m in linears(block).items() if prefix + n in job.plan.layers}
+        if any(calls[index].skipped for calls in self.calls):
+            job.report.notice(f"{prefix[:-1]}: text alone does not run this block, so it stays dense")
+            targets = {}
         runner = BlockRunner(block, targets, [calls[index] for calls in self.calls], self.hidden)
         for name in runner.bypassed:
             job.report.notice(f"{prefix}{name}: its weight is used without calling it, so it stays dense")
