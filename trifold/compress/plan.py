@@ -13,6 +13,7 @@ from trifold.core.errors import RecipeError
 from trifold.core.linears import is_compressible, is_embedding, is_transposed, linears
 from trifold.core.method import BlockMethod, LayerMethod
 from trifold.core.scheme import InputScheme, Scheme
+from trifold.core.topology import towers
 from trifold.kernels import PackedExperts, is_stacked
 
 
@@ -49,9 +50,11 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
     blocks: path of the block list. Raises RecipeError if two steps solve one layer, a pattern fits nothing or
     a layer cannot be compressed.
     """
-    modules = _linears(model)
+    beside = tuple(path + "." for path in towers(model))
+    modules = {n: m for n, m in _linears(model).items() if not f"{n}.".startswith(beside)}
     inside = [name for name in modules if name.startswith(blocks + ".")]
-    modules |= {n: m for n, m in model.named_modules() if is_embedding(m) and not n.startswith(blocks + ".")}
+    outside = (blocks + ".", *beside)
+    modules |= {n: m for n, m in model.named_modules() if is_embedding(m) and not f"{n}.".startswith(outside)}
     others = [name for name in modules if not name.startswith(blocks + ".")]
     tied = _tied(model, modules)
     ends = {

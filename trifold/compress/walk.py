@@ -40,7 +40,7 @@ class Walk:
             self.__exit__()
             raise
         self.calls = [c.calls for c in captured]
-        self.as_tuple = captured[0].as_tuple
+        self.arity = captured[0].arity
         self.hidden = _in_one_piece([c.hidden for c in captured])
         self.dense = _in_one_piece(self.hidden) if job.plan.follows_dense else []
         self.dense_calls = [own_state(calls) for calls in self.calls] if self.dense else []
@@ -91,8 +91,12 @@ class Walk:
         job, source = self.job, self.job.source
         prefix = f"{source.blocks}.{index}."
         block = source.open_block(index)
-        unstack(block, {name.removeprefix(prefix) for name in job.plan.layers if name.startswith(prefix)})
-        targets = {n: m for n, m in linears(block).items() if prefix + n in job.plan.layers}
+        wanted = {name.removeprefix(prefix) for name in job.plan.layers if name.startswith(prefix)}
+        if any(calls[index].skipped for calls in self.calls):
+            job.report.notice(f"{prefix[:-1]}: text alone does not run this block, so it stays dense")
+            wanted = set()
+        unstack(block, wanted)
+        targets = {name: module for name, module in linears(block).items() if name in wanted}
         runner = BlockRunner(block, targets, [calls[index] for calls in self.calls], self.hidden)
         for name in runner.bypassed:
             job.report.notice(f"{prefix}{name}: its weight is used without calling it, so it stays dense")
@@ -118,7 +122,7 @@ class Walk:
     def tail(self) -> tuple[Compressed, torch.Tensor]:
         """Compress what the recipe addresses behind the blocks; the reference logits of the first batch."""
         job, source = self.job, self.job.source
-        tail = Tail(source.model, self.blocks, self.as_tuple)
+        tail = Tail(source.model, self.blocks, self.arity)
         prefix = source.blocks + "."
         outside = {n: m for n, m in linears(source.model).items() if n in job.plan.layers}
         outside = {n: m for n, m in outside.items() if not n.startswith(prefix)}
