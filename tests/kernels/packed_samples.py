@@ -9,7 +9,7 @@ from trifold.core.canonical import Quantized
 from trifold.core.scheme import SCALE_DTYPES, Scheme
 from trifold.formats import FORMATS
 from trifold.kernels import PackedLinear
-from trifold.kernels.int8_dynamic.torch_int8 import TorchInt8
+from trifold.kernels.rounded_input.torch_int8 import TorchInt8
 from trifold.kernels.weight_only.torch_int4 import TorchInt4
 
 WIDTHS = range(1, 9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,16 +16,18 @@ from torch import nn
 from trifold.compress.capture import Call
 from trifold.compress.plan import LayerPlan, Plan
 from trifold.compress.runner import BlockRunner
-from trifold.core.canonical import Canonical
+from trifold.core.canonical import Canonical, RoundedInput, with_rounded_input
 from trifold.core.errors import CheckpointError
+from trifold.core.inputs import round_input
 from trifold.core.linears import set_weight, weight_of
 from trifold.core.method import BlockContext, Bounds, LayerProblem, LayerSolution, Rewrite, Statistics
 from trifold.core.obs import NotFiniteError, relative_error
 from trifold.core.observe import first_tensor
-from trifold.core.scheme import Scheme, fake_quantize_per_token
-from trifold.core.statistics import Drift, Gram, Statistic
+from trifold.core.product import product
+from trifold.core.scheme import Scheme
+from trifold.core.statistics import AbsMax, Drift, Gram, Statistic
 from trifold.core.topology import Topology
-from trifold.formats import FORMATS, Spec, bits_per_weight, digest, format_for
+from trifold.formats import Spec, bits_per_weight, describe, digest, pack, rounds_input
 
 LayerDone = Callable[[str, dict[str, Any]], None]
 
@@ -49,15 +51,27 @@ class Compressed:
         self.report.update(report)
         self.digests.update(digests)
 
-    def add(self, name: str, plan: LayerPlan, canonical: Canonical) -> None:
+    def add(self, name: str, canonical: Canonical) -> None:
         """Pack a layer's decision."""
-        fmt = FORMATS.get(format_for(canonical))
-        spec, tensors = fmt.describe(canonical), fmt.pack(canonical)
-        if plan.input is not None:
-            spec["input"] = {"bits": plan.input.bits}
-        self.modules[name] = spec
+        tensors = pack(canonical)
+        self.modules[name] = describe(canonical)
         self.digests[name] = digest(tensors)
         self.tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What calibration found of one input. gram, drift: (in, in) float64. absmax: (in,) float32."""
+
+    gram: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
+    absmax: torch.Tensor | None = None
+
+    def divided(self, divisor: torch.Tensor) -> Seen:
+        """The same of the input divided by (in,)."""
+        inverse = divisor.double().reciprocal()
+        gram = None if self.gram is None else self.gram * inverse * inverse[:, None]
+        return Seen(gram, None, None if self.absmax is None else self.absmax / divisor)
 
 
 class BlockCompressor:
@@ -77,11 +91,11 @@ class BlockCompressor:
         layer_done: LayerDone,
     ) -> None:
         self.dense: BlockRunner | None = None
-        self._hooks: list[Any] = []
+        self._undo: list[Callable[[], Any]] = []
         self.module, self.prefix, self.plan, self.runner = module, prefix, plan, runner
         self.observed, self.layer_done = observed, layer_done
         self.weights = {name: weight_of(m).float().clone() for name, m in runner.linears.items()}
-        self.grams: dict[str, torch.Tensor] = {}  # by stage leader, where an earlier pass gathered them
+        self.seen: dict[str, Seen] = {}  # by stage leader, where an earlier pass gathered it
         self.bounds: dict[str, Bounds] = {}
         self.events: dict[str, dict[str, Any]] = {}
         self.done = Compressed()
@@ -109,9 +123,10 @@ class BlockCompressor:
                 statistics={leaders[name]: statistics[leaders[name]] for name in chosen},
                 schemes=self._schemes(chosen),
                 replay=self._replay,
+                roundings={name: plan.input for name in chosen if (plan := self.layer_plan(name)).input is not None},
             )
             change, carries[step] = method.rewrite(context, carries.get(step))
-            self._apply(change, {leader: s.gram for leader, s in statistics.items()}, leaders)
+            self._apply(change, {leader: Seen(s.gram, None, s.absmax) for leader, s in statistics.items()}, leaders)
 
     def _gather(self, names: Sequence[str], kinds: Sequence[type[Statistic]]) -> dict[str, Statistics]:
         """One pass over the batches for the stages that hold these linears, by stage leader."""
@@ -143,7 +158,7 @@ class BlockCompressor:
                 set_weight(self.runner.linears[layer], weight)
         return torch.cat([out.float().flatten(0, -2) for out in outputs])
 
-    def _apply(self, change: Rewrite, grams: dict[str, torch.Tensor], leaders: Mapping[str, str]) -> None:
+    def _apply(self, change: Rewrite, seen: dict[str, Seen], leaders: Mapping[str, str]) -> None:
         parameters = dict(self.module.named_parameters())
         for name, value in change.parameters.items():
             parameters[name].data = value.to(parameters[name].dtype)
@@ -152,9 +167,8 @@ class BlockCompressor:
             set_weight(self.runner.linears[name], weight)
         for name, divisor in change.divided.items():
             if leaders[name] == name:
-                inverse = divisor.double().reciprocal()
-                grams[name] = grams[name] * inverse * inverse[:, None]
-        self.grams = grams
+                seen[name] = seen[name].divided(divisor)
+        self.seen = seen
         self.bounds.update(change.bounds)
         for name, event in change.events.items():
             self.events.setdefault(name, {}).update(event)
@@ -165,9 +179,9 @@ class BlockCompressor:
         try:
             yield
         finally:
-            for handle in self._hooks:
-                handle.remove()
-            self._hooks.clear()
+            for undo in self._undo:
+                undo()
+            self._undo.clear()
 
     def follow_dense(self, calls: Sequence[Call], hidden: Sequence[torch.Tensor]) -> BlockRunner:
         """Keep the block as it is now beside the one that is being compressed, on the dense hidden states."""
@@ -180,34 +194,38 @@ class BlockCompressor:
 
     def solve(self, true_sequential: bool) -> Compressed:
         """Solve every stage in order of execution; the module ends up with the dequantised weights."""
-        if self.observed and not true_sequential and not self.grams:
-            self.grams = {k: s.gram for k, s in self._gather(list(self.weights), (Gram,)).items()}
+        if self.observed and not true_sequential and not self.seen:
+            gathered = self._gather(list(self.weights), (Gram, *self._needs(self.weights) - {Drift}))
+            self.seen = {leader: Seen(s.gram, None, s.absmax) for leader, s in gathered.items()}
         for stage in self.runner.stages:
             started = time.perf_counter()
-            gram, drift = self._statistics(stage, true_sequential)
-            solutions = self._solve_stage(stage, gram, drift)
+            seen = self._statistics(stage, true_sequential)
+            solutions = self._solve_stage(stage, seen)
             seconds = (time.perf_counter() - started) / len(stage)
             for name in stage:
-                self._settle(name, solutions[name], gram, seconds)
+                self._settle(name, solutions[name], seen, seconds)
             for runner in filter(None, (self.runner, self.dense)):
                 runner.finish(stage)
         return self.done
 
-    def _statistics(
-        self, stage: Sequence[str], true_sequential: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Gram and drift of the stage's input: from an earlier pass where no method needs newer ones."""
-        if not self.observed:
-            return None, None
-        needs = {kind for name in stage for kind in self.layer_plan(name).method.needs}
-        if stage[0] in self.grams and Drift not in needs and not (needs and true_sequential):
-            return self.grams[stage[0]], None
-        gathered = self._gather(stage, (Gram, *sorted(needs, key=lambda kind: kind.__name__)))[stage[0]]
-        return gathered.gram, gathered.drift
+    def _needs(self, names: Iterable[str]) -> set[type[Statistic]]:
+        """What the methods of these layers, and static scales of their inputs, want to know."""
+        plans = [self.layer_plan(name) for name in names]
+        static = {AbsMax} if any(plan.input is not None and plan.input.static for plan in plans) else set()
+        return static | {kind for plan in plans for kind in plan.method.needs}
 
-    def _solve_stage(
-        self, stage: Sequence[str], gram: torch.Tensor | None, drift: torch.Tensor | None
-    ) -> dict[str, LayerSolution]:
+    def _statistics(self, stage: Sequence[str], true_sequential: bool) -> Seen:
+        """What is known of the stage's input: from an earlier pass where no method needs newer facts."""
+        if not self.observed:
+            return Seen()
+        needs, known = self._needs(stage), self.seen.get(stage[0])
+        complete = known is not None and (AbsMax not in needs or known.absmax is not None)
+        if known is not None and complete and Drift not in needs and not (needs and true_sequential):
+            return known
+        gathered = self._gather(stage, (Gram, *sorted(needs, key=lambda kind: kind.__name__)))[stage[0]]
+        return Seen(gathered.gram, gathered.drift, gathered.absmax)
+
+    def _solve_stage(self, stage: Sequence[str], seen: Seen) -> dict[str, LayerSolution]:
         """Layers of one method are solved together."""
         by_method: dict[Any, list[str]] = {}
         for name in stage:
@@ -217,9 +235,10 @@ class BlockCompressor:
             problem = LayerProblem(
                 {name: self.weights[name] for name in names},
                 self._schemes(names),
-                gram,
-                drift,
+                seen.gram,
+                seen.drift,
                 {name: self.bounds[name] for name in names if name in self.bounds},
+                seen.absmax,
             )
             try:
                 solution = method.solve(problem)
@@ -228,22 +247,18 @@ class BlockCompressor:
             solutions.update(dict.fromkeys(names, solution))
         return solutions
 
-    def _settle(self, name: str, solution: LayerSolution, gram: torch.Tensor | None, seconds: float) -> None:
+    def _settle(self, name: str, solution: LayerSolution, seen: Seen, seconds: float) -> None:
         plan, canonical, module = self.layer_plan(name), solution.canonical[name], self.runner.linears[name]
         weight = canonical.dequantize()
         set_weight(module, weight)
         if plan.input is not None:
-            rounding = partial(fake_quantize_per_token, scheme=plan.input)
-            self._hooks.append(
-                module.register_forward_pre_hook(
-                    lambda _m, args, kwargs: ((rounding(first_tensor(args, kwargs)),), {}), with_kwargs=True
-                )
-            )
-        self.done.add(self.prefix + name, plan, canonical)
-        metric = gram if gram is not None else torch.eye(weight.shape[1], device=weight.device)
+            canonical = with_rounded_input(canonical, plan.input, seen.absmax)
+            self._round_input(module, canonical)
+        self.done.add(self.prefix + name, canonical)
+        metric = seen.gram if seen.gram is not None else torch.eye(weight.shape[1], device=weight.device)
         entry = {
             "error": relative_error(self.weights[name], weight, metric),
-            "error_of": "output" if gram is not None else "weight",
+            "error_of": "output" if seen.gram is not None else "weight",
             "bits_per_weight": bits_per_weight(self.done.modules[self.prefix + name]),
             "seconds": round(seconds, 4),
             **self.events.get(name, {}),
@@ -251,6 +266,20 @@ class BlockCompressor:
         }
         self.done.report[self.prefix + name] = entry
         self.layer_done(self.prefix + name, entry)
+
+    def _round_input(self, module: nn.Module, canonical: Canonical) -> None:
+        """Let a solved linear do to its input what the packed one will: all of it alike, or each part its own."""
+        if isinstance(canonical, RoundedInput):
+            rounded = canonical
+
+            def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+                return (round_input(first_tensor(args, kwargs), rounded.scheme, rounded.scale),), {}
+
+            self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        elif rounds_input(describe(canonical)):
+            multiply, bias = product(canonical, module.get_parameter("weight").dtype), getattr(module, "bias", None)
+            module.forward = lambda x: multiply(x) if bias is None else multiply(x) + bias
+            self._undo.append(partial(vars(module).pop, "forward", None))
 
 
 def dense_tensors(

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from trifold.compress.checkpoint import QUANT_METHOD, check_version
 from trifold.compress.files import shard_files
 from trifold.core.errors import CheckpointError
-from trifold.formats import FORMATS, Spec, bits_per_weight, stored_bytes
+from trifold.formats import Spec, bits_per_weight, label, layout, stored_bytes
 
 _ITEM_BYTES = {
     "F64": 8,
@@ -70,7 +70,7 @@ def summarise(folder: Path) -> dict[str, Any]:
 def _layer(spec: Spec, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "format": spec["format"],
-        "describe": describe(spec),
+        "describe": label(spec),
         "shape": spec["shape"],
         "bits_per_weight": bits_per_weight(spec),
         "bytes": stored_bytes(spec),
@@ -79,19 +79,13 @@ def _layer(spec: Spec, entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def describe(spec: Spec) -> str:
-    """A spec in a few characters, such as `int4 g128 asym`, with the bits of its input, `a8`."""
-    label = FORMATS.get(spec["format"]).label(spec)
-    return f"{label} a{spec['input']['bits']}" if spec.get("input") else label
-
-
 def _others(folder: Path, modules: Mapping[str, Spec]) -> dict[str, tuple[int, int]]:
+    packed = {f"{name}.{leaf}" for name, spec in modules.items() for leaf in layout(spec)}
     found = {}
     for file in sorted(set(shard_files(folder).values())):
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
-                name, _, leaf = key.rpartition(".")
-                if name in modules and leaf.startswith("weight"):
+                if key in packed:
                     continue
                 part = handle.get_slice(key)
                 count = math.prod(part.get_shape())

@@ -1,4 +1,4 @@
-"""Schemes: which numbers a tensor may take."""
+"""Schemes: which numbers a weight may take."""
 
 from __future__ import annotations
 
@@ -62,35 +62,3 @@ class Scheme:
         if self.group_size == "tensor":
             return (1, 1)
         return (out_features, -(-in_features // self.group_width(in_features)))
-
-
-@dataclass(frozen=True)
-class InputScheme:
-    """How a layer's activations are quantised: symmetric integers, one scale per token, found at run time.
-
-    `value = code * absmax / (2**(bits-1) - 1)` with `|code| <= 2**(bits-1) - 1`.
-    """
-
-    bits: int = 8
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise RecipeError(f"input bits={self.bits} is outside 2..8; 8 is usual, 16 means: leave it out")
-
-    @property
-    def max_code(self) -> int:
-        return int(2 ** (self.bits - 1)) - 1
-
-
-def quantize_per_token(x: torch.Tensor, scheme: InputScheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (..., in), any float dtype -> codes int8 (..., in), scale float32 (..., 1). A zero row gets scale 1."""
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True) / scheme.max_code
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return (x / scale).round_().clamp_(-scheme.max_code, scheme.max_code).to(torch.int8), scale
-
-
-def fake_quantize_per_token(x: torch.Tensor, scheme: InputScheme) -> torch.Tensor:
-    """x (..., in) rounded to the grid that `quantize_per_token` chooses; same dtype."""
-    codes, scale = quantize_per_token(x, scheme)
-    return (codes.float() * scale).to(x.dtype)

@@ -1,6 +1,36 @@
 """Formats: how a compressed weight lies on disk."""
 
-from trifold.formats import int as _int  # noqa: F401 - registers itself
-from trifold.formats.base import FORMATS, Format, Spec, bits_per_weight, digest, format_for, stored_bytes
+from trifold.formats import dense as _dense  # noqa: F401 - registers itself
+from trifold.formats import int as _int  # noqa: F401
+from trifold.formats import nested as _nested  # noqa: F401
+from trifold.formats.base import (
+    FORMATS,
+    Format,
+    Spec,
+    bits_per_weight,
+    describe,
+    digest,
+    format_for,
+    label,
+    layout,
+    pack,
+    rounds_input,
+    stored_bytes,
+    unpack,
+)
 
-__all__ = ["FORMATS", "Format", "Spec", "bits_per_weight", "digest", "format_for", "stored_bytes"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Spec",
+    "bits_per_weight",
+    "describe",
+    "digest",
+    "format_for",
+    "label",
+    "layout",
+    "pack",
+    "rounds_input",
+    "stored_bytes",
+    "unpack",
+]

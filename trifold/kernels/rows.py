@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from trifold.core.canonical import Canonical, Quantized
-from trifold.formats.base import FORMATS, Spec
+from trifold.core.canonical import Canonical, Dense, LowRank, Quantized
+from trifold.formats.base import Spec, unpack
 from trifold.formats.bitstream import unpack_bits
 from trifold.formats.int import scheme_of
 
@@ -59,7 +59,21 @@ def _int_rows(tensors: Mapping[str, torch.Tensor], spec: Spec, rows: Rows) -> Qu
     return with_codes(unpack_bits(words, spec["bits"], spec["shape"][1]), tensors, spec, rows)
 
 
-DECODERS: dict[str, Callable[[Mapping[str, torch.Tensor], Spec, Rows], Canonical]] = {"int": _int_rows}
+def _dense_rows(tensors: Mapping[str, torch.Tensor], spec: Spec, rows: Rows) -> Dense:
+    return Dense(tensors["weight"].reshape(spec["shape"])[rows])
+
+
+def _low_rank_rows(tensors: Mapping[str, torch.Tensor], spec: Spec, rows: Rows) -> LowRank:
+    rank = spec["rank"]
+    left, right = tensors["weight"].reshape(-1, rank), tensors["weight_right"].reshape(rank, -1)
+    return LowRank(left[rows], right)
+
+
+DECODERS: dict[str, Callable[[Mapping[str, torch.Tensor], Spec, Rows], Canonical]] = {
+    "int": _int_rows,
+    "dense": _dense_rows,
+    "low_rank": _low_rank_rows,
+}
 """By format: the canonical tensor of some rows alone. A format without one is unpacked whole."""
 
 
@@ -87,4 +101,4 @@ def dequantize_rows(
     decode = DECODERS.get(spec["format"])
     if decode is not None:
         return dequantize(decode(tensors, spec, slice(start, stop)), dtype)
-    return FORMATS.get(spec["format"]).unpack(tensors, spec).dequantize()[start:stop].to(dtype)
+    return unpack(tensors, spec).dequantize()[start:stop].to(dtype)
