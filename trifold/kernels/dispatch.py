@@ -16,12 +16,13 @@ from trifold.kernels.int8_dynamic import naive as dynamic_naive
 from trifold.kernels.int8_dynamic import torch_int8
 from trifold.kernels.op import Op
 from trifold.kernels.weight_only import blockwise, naive, torch_int4
+from trifold.kernels.weight_only import torch_int8 as weight_int8
 
 
 class Row(NamedTuple):
     """None stands for any. quantized_input: whether the spec has an `input` scheme."""
 
-    format: str | None
+    formats: tuple[str, ...] | None
     quantized_input: bool
     device: str | None
     dtype: torch.dtype | None
@@ -29,10 +30,11 @@ class Row(NamedTuple):
 
 
 TABLE: tuple[Row, ...] = (
-    Row("int", False, "cpu", torch.bfloat16, torch_int4.TorchInt4()),
+    Row(("int", "affine"), False, "cpu", torch.bfloat16, torch_int4.TorchInt4()),
+    Row(("int",), False, "cpu", torch.bfloat16, weight_int8.TorchInt8()),
     Row(None, False, None, None, blockwise.Blockwise()),
     Row(None, False, None, None, naive.Naive()),
-    Row("int", True, "cpu", None, torch_int8.TorchInt8()),
+    Row(("int",), True, "cpu", None, torch_int8.TorchInt8()),
     Row(None, True, None, None, dynamic_blockwise.Blockwise()),
     Row(None, True, None, None, dynamic_naive.Naive()),
 )
@@ -47,8 +49,8 @@ class Choice:
 
 
 def _reason(row: Row, spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
-    if row.format not in (None, spec["format"]):
-        return f"takes format {row.format!r}, not {spec['format']!r}"
+    if row.formats is not None and spec["format"] not in row.formats:
+        return f"takes format {' or '.join(row.formats)}, not {spec['format']}"
     if row.device not in (None, device.type):
         return f"runs on {row.device}, not {device.type}"
     if row.dtype not in (None, dtype):

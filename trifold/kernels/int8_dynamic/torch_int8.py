@@ -8,7 +8,7 @@ import torch
 
 from trifold.core.scheme import quantize_per_token
 from trifold.formats.base import Spec
-from trifold.formats.int import scheme_of
+from trifold.formats.quantized import scheme_of
 from trifold.kernels.int8_dynamic.naive import input_scheme_of
 from trifold.kernels.op import Op, Tensors
 from trifold.kernels.rows import dequantize, with_codes, zero_points
