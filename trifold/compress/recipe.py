@@ -31,6 +31,7 @@ from trifold.core.errors import RecipeError, unknown_name
 from trifold.core.inputs import InputScheme
 from trifold.core.method import METHODS, LayerMethod, Method
 from trifold.core.scheme import Scheme
+from trifold.core.tables import TABLES
 
 BLOCKS = "blocks"
 """The target that means: every linear inside the decoder blocks."""
@@ -56,6 +57,17 @@ class SchemeModel(_Strict):
     group_size: StrictInt | StrictStr = 128
     symmetric: bool = False
     scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    grid: StrictStr = "int"
+    zero_point: Literal["integer", "real"] = "integer"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, data: Any) -> Any:
+        """A table brings its bits and has no zero-point."""
+        grid = data.get("grid") if isinstance(data, Mapping) else None
+        if not isinstance(grid, str) or grid not in TABLES:
+            return data
+        return {"bits": TABLES.get(grid).bits, **data, "symmetric": True}
 
     def build(self) -> Scheme:
         return Scheme(**self.model_dump())
@@ -160,7 +172,8 @@ class Step(_Strict):
                 raise RecipeError(f"{self.method} takes no scheme; override it in a later step")
             return None
         try:
-            return SchemeModel.model_validate({**self.scheme.model_dump(), **changes}).build()
+            base = self.scheme.model_dump(exclude={"bits"} if "grid" in changes else None)
+            return SchemeModel.model_validate({**base, **changes}).build()
         except ValidationError as error:
             raise RecipeError(_explain(error, SchemeModel)) from error
 

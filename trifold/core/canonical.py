@@ -53,10 +53,10 @@ class Dense(Canonical):
 
 @dataclass(frozen=True, eq=False)
 class Quantized(Canonical):
-    """(codes - zero_point) * scale.
+    """(codes - zero_point) * scale, or table[codes] * scale.
 
     codes: (out, in) uint8. scale: `scheme.scale_shape`, in `scheme.scale_dtype`. zero_point: the same shape,
-    uint8; None if the scheme is symmetric.
+    uint8, in `scheme.scale_dtype` if it is real; None if the scheme is symmetric, as a table always is.
     """
 
     codes: torch.Tensor
@@ -78,6 +78,8 @@ class Quantized(Canonical):
     def dequantize(self) -> torch.Tensor:
         width = self.scheme.group_width(self.shape[1])
         scale = expand_groups(self.scale.float(), self.shape, width)
+        if self.scheme.table is not None:
+            return self.scheme.table.decode(self.codes) * scale
         if self.zero_point is None:
             return (self.codes.float() - self.scheme.midpoint) * scale
         return (self.codes.float() - expand_groups(self.zero_point.float(), self.shape, width)) * scale

@@ -83,12 +83,13 @@ def descend(
 ) -> torch.Tensor:
     """One pass of coordinate descent over the columns: each code becomes the best one given all others.
 
-    All (out, in) float32, scale and offset per weight; hessian (in, in). Returns the new codes.
+    The loss is a parabola in one weight, so the best of any grid is the one nearest to its minimum. All (out, in) float32, scale and offset per weight; hessian (in, in). Returns the new codes.
     """
     codes, scale, offset = (t.T.contiguous() for t in (codes, scale, offset))
     error = weight.T - (codes - offset) * scale  # (in, out)
     step = (scale * hessian.diagonal()[:, None]).reciprocal_()
     decided = torch.zeros(block, len(weight), dtype=error.dtype, device=error.device)
+    table = scheme.table
     with torch.inference_mode():
         for start in range(0, len(codes), block):
             part = slice(start, min(start + block, len(codes)))
@@ -98,7 +99,8 @@ def descend(
             rows = zip(codes[part], slopes, step[part], scale[part], moved, hessian[part, part].unbind(1), strict=True)
             for code, slope, inverse, size, move, column in rows:
                 pull = torch.addmv(slope, along, column, alpha=-1)  # what is not decided yet has moved by nothing
-                new = torch.addcmul(code, pull, inverse).round_().clamp_(0, scheme.max_code)
+                new = torch.addcmul(code, pull, inverse)
+                new = new.round_().clamp_(0, scheme.max_code) if table is None else table.snap(new)
                 torch.sub(new, code, out=move).mul_(size)
                 code.copy_(new)
             error[part] -= moved

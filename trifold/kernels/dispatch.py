@@ -16,6 +16,7 @@ from trifold.kernels.rounded_input import blockwise as rounded_blockwise
 from trifold.kernels.rounded_input import naive as rounded_naive
 from trifold.kernels.rounded_input import torch_fp8, torch_int8
 from trifold.kernels.weight_only import blockwise, dense, naive, torch_int4
+from trifold.kernels.weight_only import torch_int8 as weight_int8
 
 InputKind = Literal["as it is", "rounded", "int", "fp8_e4m3"]
 
@@ -23,7 +24,7 @@ InputKind = Literal["as it is", "rounded", "int", "fp8_e4m3"]
 class Row(NamedTuple):
     """None stands for any. input: what is done to activations; "rounded" is any grid, the last two are that one."""
 
-    format: str | None
+    formats: tuple[str, ...] | None
     input: InputKind
     device: str | None
     dtype: torch.dtype | None
@@ -31,13 +32,14 @@ class Row(NamedTuple):
 
 
 TABLE: tuple[Row, ...] = (
-    Row("int", "as it is", "cpu", torch.bfloat16, torch_int4.TorchInt4()),
-    Row("dense", "as it is", None, None, dense.Dense()),
-    Row("low_rank", "as it is", None, None, dense.LowRank()),
+    Row(("int", "affine"), "as it is", "cpu", torch.bfloat16, torch_int4.TorchInt4()),
+    Row(("int",), "as it is", "cpu", torch.bfloat16, weight_int8.TorchInt8()),
+    Row(("dense",), "as it is", None, None, dense.Dense()),
+    Row(("low_rank",), "as it is", None, None, dense.LowRank()),
     Row(None, "as it is", None, None, blockwise.Blockwise()),
     Row(None, "as it is", None, None, naive.Naive()),
-    Row("int", "int", "cpu", None, torch_int8.TorchInt8()),
-    Row("fp8", "fp8_e4m3", None, None, torch_fp8.TorchFP8()),
+    Row(("int",), "int", "cpu", None, torch_int8.TorchInt8()),
+    Row(("fp8",), "fp8_e4m3", None, None, torch_fp8.TorchFP8()),
     Row(None, "rounded", None, None, rounded_blockwise.Blockwise()),
     Row(None, "rounded", None, None, rounded_naive.Naive()),
 )
@@ -71,7 +73,7 @@ def _choose(spec: Spec, dtype: torch.dtype, device: torch.device) -> tuple[Op, d
     rejected: dict[str, str] = {}
     kinds = ("rounded", spec["input"].get("grid", "int")) if spec.get("input") else ("as it is",)
     for row in TABLE:
-        if row.input not in kinds or row.format not in (None, spec["format"]):
+        if row.input not in kinds or (row.formats is not None and spec["format"] not in row.formats):
             continue
         reason = _reason(row, spec, dtype, device)
         if reason is None:

@@ -8,7 +8,7 @@ import torch
 
 from trifold.core.inputs import quantize_input
 from trifold.formats.base import Spec
-from trifold.formats.int import scheme_of
+from trifold.formats.quantized import scheme_of
 from trifold.kernels.op import Op, Tensors
 from trifold.kernels.rounded_input.naive import input_scheme_of
 from trifold.kernels.rows import dequantize, with_codes, zero_points
