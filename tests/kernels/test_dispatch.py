@@ -45,12 +45,12 @@ def test_choices_and_reasons():
     assert (choice.op, choice.rejected) == ("weight_only.torch_int4", {})
     choice = explain(INT4, torch.float32, "cpu")
     assert choice.op == "weight_only.blockwise"
-    assert choice.rejected == {"weight_only.torch_int4": "takes torch.bfloat16 activations, not torch.float32"}
+    assert choice.rejected["weight_only.torch_int4"] == "takes torch.bfloat16 activations, not torch.float32"
     choice = explain(INT4, torch.bfloat16, "cuda")
     assert choice.op == "weight_only.blockwise"
-    assert choice.rejected == {"weight_only.torch_int4": "runs on cpu, not cuda"}
+    assert choice.rejected["weight_only.torch_int4"] == "runs on cpu, not cuda"
     choice = explain({**INT4, "bits": 5}, torch.bfloat16, "cpu")
-    assert choice.rejected == {"weight_only.torch_int4": "bits=5 is outside 2..4"}
+    assert choice.rejected["weight_only.torch_int4"] == "bits=5 is outside 2..4"
     assert explain(W8A8, torch.float16, "cpu").op == "rounded_input.torch_int8"
     choice = explain({**W8A8, "group_size": 32}, torch.float32, "cpu")
     assert choice.op == "rounded_input.blockwise"

@@ -25,7 +25,7 @@ from trifold.core.obs import NotFiniteError, relative_error
 from trifold.core.observe import first_tensor
 from trifold.core.product import product
 from trifold.core.scheme import Scheme
-from trifold.core.statistics import AbsMax, Drift, Gram, Statistic
+from trifold.core.statistics import AbsMax, Drift, Gram, Sample, Statistic
 from trifold.core.topology import Topology
 from trifold.formats import Spec, bits_per_weight, describe, digest, pack, rounds_input
 
@@ -61,17 +61,29 @@ class Compressed:
 
 @dataclass(frozen=True)
 class Seen:
-    """What calibration found of one input. gram, drift: (in, in) float64. absmax: (in,) float32."""
+    """What calibration found of one input. gram, drift: (in, in) float64. absmax: (in,) float32. sample: (tokens, in)
+    float32."""
 
     gram: torch.Tensor | None = None
     drift: torch.Tensor | None = None
     absmax: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
 
     def divided(self, divisor: torch.Tensor) -> Seen:
         """The same of the input divided by (in,)."""
         inverse = divisor.double().reciprocal()
         gram = None if self.gram is None else self.gram * inverse * inverse[:, None]
-        return Seen(gram, None, None if self.absmax is None else self.absmax / divisor)
+        absmax, sample = (None if t is None else t / divisor for t in (self.absmax, self.sample))
+        return Seen(gram, None, absmax, sample)
+
+    def holds(self, needs: set[type[Statistic]]) -> bool:
+        """Whether these statistics are among it."""
+        found = {Gram: self.gram, Drift: self.drift, AbsMax: self.absmax, Sample: self.sample}
+        return all(found.get(kind) is not None for kind in needs)
+
+    @classmethod
+    def of(cls, statistics: Statistics) -> Seen:
+        return cls(statistics.gram, statistics.drift, statistics.absmax, statistics.sample)
 
 
 class BlockCompressor:
@@ -126,7 +138,7 @@ class BlockCompressor:
                 roundings={name: plan.input for name in chosen if (plan := self.layer_plan(name)).input is not None},
             )
             change, carries[step] = method.rewrite(context, carries.get(step))
-            self._apply(change, {leader: Seen(s.gram, None, s.absmax) for leader, s in statistics.items()}, leaders)
+            self._apply(change, {leader: Seen.of(s) for leader, s in statistics.items()}, leaders)
 
     def _gather(self, names: Sequence[str], kinds: Sequence[type[Statistic]]) -> dict[str, Statistics]:
         """One pass over the batches for the stages that hold these linears, by stage leader."""
@@ -196,7 +208,7 @@ class BlockCompressor:
         """Solve every stage in order of execution; the module ends up with the dequantised weights."""
         if self.observed and not true_sequential and not self.seen:
             gathered = self._gather(list(self.weights), (Gram, *self._needs(self.weights) - {Drift}))
-            self.seen = {leader: Seen(s.gram, None, s.absmax) for leader, s in gathered.items()}
+            self.seen = {leader: Seen.of(s) for leader, s in gathered.items()}
         for stage in self.runner.stages:
             started = time.perf_counter()
             seen = self._statistics(stage, true_sequential)
@@ -219,11 +231,10 @@ class BlockCompressor:
         if not self.observed:
             return Seen()
         needs, known = self._needs(stage), self.seen.get(stage[0])
-        complete = known is not None and (AbsMax not in needs or known.absmax is not None)
-        if known is not None and complete and Drift not in needs and not (needs and true_sequential):
+        if known is not None and known.holds(needs) and not (needs and true_sequential):
             return known
         gathered = self._gather(stage, (Gram, *sorted(needs, key=lambda kind: kind.__name__)))[stage[0]]
-        return Seen(gathered.gram, gathered.drift, gathered.absmax)
+        return Seen.of(gathered)
 
     def _solve_stage(self, stage: Sequence[str], seen: Seen) -> dict[str, LayerSolution]:
         """Layers of one method are solved together."""
@@ -238,7 +249,7 @@ class BlockCompressor:
                 seen.gram,
                 seen.drift,
                 {name: self.bounds[name] for name in names if name in self.bounds},
-                seen.absmax,
+                seen.sample,
             )
             try:
                 solution = method.solve(problem)

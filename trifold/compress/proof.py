@@ -2,7 +2,7 @@
 
 The written checkpoint is walked block by block, with packed modules and dispatched kernels, over the first
 calibration batch. Stored tensors must be bit-equal to the decided ones, logits close to the reference that
-used dequantised weights and plain matrix products.
+used dequantised weights and plain matrix products. With rounded activations each block starts from the reference.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def prove(folder: Path, decided: Compressed, journal: Journal, ids: torch.Tensor
     blocks = model.get_submodule(source.blocks)
     written.fill(written.tensors(source.blocks + ".", inside=False), device)
     model.tie_weights()
-    exact = source.dtype == torch.float32 and not any(map(rounds_input, decided.modules.values()))
+    rounded = any(map(rounds_input, decided.modules.values()))
+    exact = source.dtype == torch.float32 and not rounded
     captured = capture_calls(model, blocks, ids.to(device))
     hidden = captured.hidden
     for index, call in enumerate(captured.calls):
@@ -78,6 +79,8 @@ def prove(folder: Path, decided: Compressed, journal: Journal, ids: torch.Tensor
             hidden = call.run(blocks[index], hidden)
         reference = journal.kept(f"reference-{index:05d}")["hidden"].to(device)
         _close(f"{source.blocks}.{index}: hidden states", hidden, reference, exact)
+        if rounded:  # a last bit may send an activation to another code, and that grows from block to block
+            hidden = reference
         written.empty(prefix)
     with torch.no_grad():
         logits = Tail(model, blocks, captured.as_tuple)(hidden, ids.to(device))

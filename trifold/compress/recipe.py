@@ -315,11 +315,12 @@ def _fields(data: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]
 
 
 def _assign(data: dict[str, Any], key: str, value: Any) -> None:
-    owner, _, field = key.rpartition(".")
+    owner, dot, field = key.rpartition(".")
     if owner == "input" or owner.endswith(".input"):
-        owner, field = owner.removesuffix("input").removesuffix("."), f"input.{field}"
+        owner, dot, _ = owner.rpartition("input")[0].rpartition(".")
+        field = f"input.{field}"
     owners = _fields(data)
-    places = [place for name, place in owners.get(field, ()) if owner in ("", name)]
+    places = [place for name, place in owners.get(field, ()) if not dot or owner == name]
     if not places:
         known = {f"{o}.{f}" if owner else f for f, held in owners.items() for o, _ in held}
         raise RecipeError(f"--set {key}: {unknown_name('setting', key, known)}")

@@ -58,9 +58,9 @@ class Statistics:
         return self._by_kind[AbsMax].value if AbsMax in self._by_kind else None  # type: ignore[attr-defined]
 
     @property
-    def sample(self) -> torch.Tensor:
-        """(tokens, in) float32."""
-        return self._by_kind[Sample].rows  # type: ignore[attr-defined]
+    def sample(self) -> torch.Tensor | None:
+        """(tokens, in) float32, if it was gathered."""
+        return self._by_kind[Sample].rows if Sample in self._by_kind else None  # type: ignore[attr-defined]
 
     @property
     def drift(self) -> torch.Tensor | None:
@@ -74,8 +74,8 @@ class LayerProblem:
 
     weights: name -> (out, in) float32. schemes: name -> Scheme, for methods that quantise. gram: (in, in)
     float64 of their common input, None without calibration. drift: sum of (x_dense - x) xᵀ, if the method
-    needs it. bounds: ranges that an earlier step found. absmax: (in,) float32, largest |x| of each input
-    feature, if the method needs it.
+    needs it. bounds: ranges that an earlier step found. sample: (tokens, in) float32, some inputs as they are,
+    if the method needs them.
     """
 
     weights: Mapping[str, torch.Tensor]
@@ -83,7 +83,7 @@ class LayerProblem:
     gram: torch.Tensor | None = None
     drift: torch.Tensor | None = None
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
-    absmax: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
