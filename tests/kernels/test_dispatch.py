@@ -45,12 +45,14 @@ def test_choices_and_reasons():
     assert (choice.op, choice.rejected) == ("weight_only.torch_int4", {})
     choice = explain(INT4, torch.float32, "cpu")
     assert choice.op == "weight_only.blockwise"
-    assert choice.rejected["weight_only.torch_int4"] == "takes torch.bfloat16 activations, not torch.float32"
+    reason = "takes torch.bfloat16 activations, not torch.float32"
+    assert choice.rejected == {"weight_only.torch_int4": reason, "weight_only.torch_int8": reason}
     choice = explain(INT4, torch.bfloat16, "cuda")
     assert choice.op == "weight_only.blockwise"
-    assert choice.rejected["weight_only.torch_int4"] == "runs on cpu, not cuda"
+    assert set(choice.rejected.values()) == {"runs on cpu, not cuda"}
     choice = explain({**INT4, "bits": 5}, torch.bfloat16, "cpu")
     assert choice.rejected["weight_only.torch_int4"] == "bits=5 is outside 2..4"
+    assert choice.rejected["weight_only.torch_int8"] == "bits=5 with symmetric=False are not 8 and true"
     assert explain(W8A8, torch.float16, "cpu").op == "rounded_input.torch_int8"
     choice = explain({**W8A8, "group_size": 32}, torch.float32, "cpu")
     assert choice.op == "rounded_input.blockwise"

@@ -40,7 +40,7 @@ class Table:
         if self.dtype is not None:
             return x.clamp(-self.largest, self.largest).to(self.dtype).float()
         levels, _, bounds = _ascending(self, x.device)
-        return levels[torch.bucketize(x, bounds)]
+        return levels[torch.bucketize(x.contiguous(), bounds)]
 
     def encode(self, levels: torch.Tensor) -> torch.Tensor:
         """Codes, uint8, of values of the table. Of two codes of one value, +0 and -0, the lower one is taken, but
@@ -48,7 +48,7 @@ class Table:
         if self.dtype is not None:
             return levels.to(self.dtype).view(torch.uint8)
         _, codes, bounds = _ascending(self, levels.device)
-        return codes[torch.bucketize(levels, bounds)]
+        return codes[torch.bucketize(levels.contiguous(), bounds)]
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Values, float32, of codes uint8 of any shape."""

@@ -58,6 +58,6 @@ class TorchInt8(Blockwise):
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
         if x.shape[0] >= DENSE_FROM:
             return super().run(x, tensors, spec, bias)
-        scale = tensors["weight_scale"].expand(spec["shape"][0], 1).reshape(-1)
+        scale = tensors["weight_scale"].expand(spec["shape"][0], 1).contiguous().view(-1)  # strides are not looked at
         y = torch._weight_int8pack_mm(x.contiguous(), tensors["codes"], scale)
         return y if bias is None else y.add_(bias)
