@@ -29,7 +29,7 @@ def test_walking_the_blocks_gives_the_model_bit_for_bit(family):
         with torch.no_grad():
             for block, call in zip(blocks, c.calls, strict=True):
                 hidden = call.run(block, hidden)
-            assert torch.equal(Tail(model, blocks, c.as_tuple)(hidden, ids), model(ids).logits)
+            assert torch.equal(Tail(model, blocks, c.arity)(hidden, ids), model(ids).logits)
     assert not any("Stub" in type(b).__name__ or "Inject" in type(b).__name__ for b in blocks)
 
 

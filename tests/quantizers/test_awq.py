@@ -27,7 +27,7 @@ def context(fold, weights, parameters, x, topology_head=0, scheme=SCHEME):
         topology=Topology((fold,), topology_head),
         weights=weights,
         parameters=parameters,
-        inputs=dict.fromkeys(weights, leader),
+        inputs={name: leader if name in fold.consumers else name for name in weights},
         statistics={leader: statistics},
         schemes=dict.fromkeys(weights, scheme),
         replay=lambda name, replaced: x @ replaced[leader].T,

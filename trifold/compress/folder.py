@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import nn
 
 from trifold.compress.files import DTYPES, float_dtype, reason, shard_files, usable_device
-from trifold.compress.source import Source, materialise_buffers
+from trifold.compress.integration.auto import auto_class, is_known
+from trifold.compress.source import Source, materialise_buffers, tower_notice
 from trifold.core.errors import CheckpointError, InputError
 from trifold.core.topology import find_blocks
 
@@ -35,16 +36,18 @@ class FolderSource(Source):
         trust_remote_code: bool = False,
         device: str = "cpu",
     ) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         self.folder, self.name, self.device = folder, name, usable_device(device)
         config = _causal_config(folder, name, trust_remote_code)
         self.files = shard_files(folder)
         self.dtype = self._stored_dtype(config) if dtype == "auto" else float_dtype(dtype)
-        config.dtype = self.dtype
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if part is not None:
+                part.dtype = self.dtype
         try:
             with torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(
+                self.model = auto_class(config).from_config(
                     config, dtype=self.dtype, trust_remote_code=trust_remote_code
                 )
         except Exception as error:  # whatever a value in config.json breaks
@@ -56,7 +59,7 @@ class FolderSource(Source):
         targets, converted = self._key_targets()
         known = self.model.state_dict()
         self._targets = {key: target for key, target in targets.items() if target in known}
-        self.notices = _unused(self.model, name, targets.keys() - self._targets.keys())
+        self.notices = (*_unused(self.model, name, targets.keys() - self._targets.keys()), *tower_notice(self.model))
         self._check_headers(known, converted)
 
     def _stored_dtype(self, config: Any) -> torch.dtype:
@@ -206,7 +209,7 @@ class FolderSource(Source):
 
 def _causal_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
     """The config of a dense causal language model. Raises CheckpointError or InputError for anything else."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: no config.json, so this is not a model folder")
@@ -220,11 +223,9 @@ def _causal_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
     if quantization is not None:
         method = quantization.get("quant_method", "method unknown")
         raise InputError(f"{name}: already quantised ({method}); give the dense model it was made from")
-    architectures = config.architectures or []
-    if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
-        raise InputError(f"{name}: {config.model_type} is not a causal language model; give a decoder")
-    if architectures and not any(a.endswith(("CausalLM", "LMHeadModel")) for a in architectures):
-        raise InputError(f"{name}: {architectures[0]} is not a causal language model; give a decoder")
+    if not is_known(config) and not trust_remote_code:
+        kind = (config.architectures or [config.model_type])[0]
+        raise InputError(f"{name}: {kind} is not a causal language model; give a decoder")
     return config
 
 

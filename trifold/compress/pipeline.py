@@ -30,7 +30,7 @@ from trifold.compress.source import LiveSource, Source
 from trifold.compress.summary import summarise
 from trifold.compress.walk import Walk
 from trifold.core.errors import CalibrationError, InputError, ProofError
-from trifold.core.topology import topology_of
+from trifold.core.families import topology_of
 
 
 def prepare(
@@ -64,7 +64,7 @@ def prepare(
     else:
         windows = text_windows(calibration, source.tokenizer, source.config, recipe.nsamples, recipe.seqlen)
     config = source.config.get_text_config()
-    topology = topology_of(config.model_type, getattr(config, "head_dim", None) or _head_dim(config))
+    topology = topology_of(config)
     for notice in (*source.notices, *plan.notices, *windows.notices):
         report.notice(notice)
     if plan.rewrites and not topology.folds:
@@ -224,6 +224,7 @@ def _report(
         "batch_size": job.batch_size,
         "dtype": job.dtype_name,
         "versions": versions(),
+        "notices": [*job.source.notices, *job.plan.notices],
         "layers": everything.report,
         "mean_error": sum(e["error"] for e in everything.report.values()) / len(everything.report),
         **sizes,
@@ -231,11 +232,6 @@ def _report(
         "seconds": round(seconds, 3),
         "peak_memory_bytes": resident_bytes(),
     }
-
-
-def _head_dim(config: Any) -> int:
-    heads = getattr(config, "num_attention_heads", 0)
-    return config.hidden_size // heads if heads else 0
 
 
 def _device(name: str) -> str:

@@ -14,6 +14,7 @@ from trifold.core.inputs import InputScheme
 from trifold.core.linears import is_embedding, is_transposed, linears
 from trifold.core.method import BlockMethod, LayerMethod
 from trifold.core.scheme import Scheme
+from trifold.core.topology import towers
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
     blocks: path of the block list. Raises RecipeError if two steps solve one layer, a pattern fits nothing or
     a layer cannot be compressed.
     """
-    modules: dict[str, nn.Module] = linears(model)
+    beside = tuple(path + "." for path in towers(model))
+    modules = {n: m for n, m in linears(model).items() if not f"{n}.".startswith(beside)}
     inside = [name for name in modules if name.startswith(blocks + ".")]
-    modules |= {n: m for n, m in model.named_modules() if is_embedding(m) and not n.startswith(blocks + ".")}
+    outside = (blocks + ".", *beside)
+    modules |= {n: m for n, m in model.named_modules() if is_embedding(m) and not f"{n}.".startswith(outside)}
     others = [name for name in modules if not name.startswith(blocks + ".")]
     layers: dict[str, LayerPlan] = {}
     owner: dict[str, str] = {}

@@ -83,7 +83,7 @@ def prove(folder: Path, decided: Compressed, journal: Journal, ids: torch.Tensor
             hidden = reference
         written.empty(prefix)
     with torch.no_grad():
-        logits = Tail(model, blocks, captured.as_tuple)(hidden, ids.to(device))
+        logits = Tail(model, blocks, captured.arity)(hidden, ids.to(device))
     return compare_logits(logits, journal.kept("reference-logits")["logits"].to(device), exact)
 
 

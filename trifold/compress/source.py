@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from trifold.core.errors import CheckpointError, InputError
-from trifold.core.topology import find_blocks
+from trifold.core.topology import find_blocks, towers
 
 
 class Source(ABC):
@@ -84,6 +84,7 @@ class LiveSource(Source):
         self.model, self.tokenizer, self.inplace = model, tokenizer, inplace
         self.blocks, self.dtype, self.device = find_blocks(model), model.dtype, model.device
         self.name = Path(config._name_or_path).name or type(model).__name__
+        self.notices = tower_notice(model)
 
     def open_outside(self) -> None:
         return None
@@ -116,6 +117,15 @@ class LiveSource(Source):
         config["architectures"] = [type(self.model).__name__]
         config["dtype"] = str(self.dtype).removeprefix("torch.")
         return json.loads(json.dumps(config, default=str))
+
+
+def tower_notice(model: Any) -> tuple[str, ...]:
+    """What is said of a model that is more than a text decoder."""
+    found = towers(model)
+    if not found:
+        return ()
+    count = sum(p.numel() for name in found for p in model.get_submodule(name).parameters())
+    return (f"only the text decoder is compressed: {', '.join(found)} ({count / 1e6:.1f} M parameters) stay dense",)
 
 
 def materialise_buffers(model: Any, device: torch.device | str = "cpu") -> None:

@@ -37,7 +37,7 @@ class Walk:
             self.__exit__()
             raise
         self.calls = [c.calls for c in captured]
-        self.as_tuple = captured[0].as_tuple
+        self.arity = captured[0].arity
         self.hidden = [c.hidden for c in captured]
         self.dense = list(self.hidden) if job.plan.follows_dense else []
         self.dense_calls = [own_state(calls) for calls in self.calls] if self.dense else []
@@ -87,6 +87,9 @@ class Walk:
         prefix = f"{source.blocks}.{index}."
         block = source.open_block(index)
         targets = {n: m for n, m in linears(block).items() if prefix + n in job.plan.layers}
+        if any(calls[index].skipped for calls in self.calls):
+            job.report.notice(f"{prefix[:-1]}: text alone does not run this block, so it stays dense")
+            targets = {}
         runner = BlockRunner(block, targets, [calls[index] for calls in self.calls], self.hidden)
         for name in runner.bypassed:
             job.report.notice(f"{prefix}{name}: its weight is used without calling it, so it stays dense")
@@ -108,7 +111,7 @@ class Walk:
     def tail(self) -> tuple[Compressed, torch.Tensor]:
         """Compress what the recipe addresses behind the blocks; the reference logits of the first batch."""
         job, source = self.job, self.job.source
-        tail = Tail(source.model, self.blocks, self.as_tuple)
+        tail = Tail(source.model, self.blocks, self.arity)
         prefix = source.blocks + "."
         outside = {n: m for n, m in linears(source.model).items() if n in job.plan.layers}
         outside = {n: m for n, m in outside.items() if not n.startswith(prefix)}

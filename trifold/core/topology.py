@@ -1,70 +1,93 @@
 """Architectures as data.
 
-Inspection finds what every decoder has: the list of blocks and the linears in it. A `Topology` literal adds
-what inspection cannot know: which scale of which producer can be folded into which linears.
+Inspection finds what every decoder has: the list of blocks and the linears in it. A `Topology` adds what
+inspection cannot know: which scale of which producer can be folded into which linears. The literals are in
+`families.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from trifold.core.errors import CheckpointError
+
+Rows = Literal["all", "second half", "last", "grouped", "latent"]
 
 
 @dataclass(frozen=True)
 class Fold:
     """Scaling the output of `producer` by 1/s and the input columns of `consumers` by s changes nothing.
 
-    `norm`: a normalisation with a weight (and bias). `linear`: the rows of a linear. `value`: the rows of the
-    value projection, which grouped queries share: s must be alike for the query heads of one kv head.
-    Names are relative to the block. `inspect` is the module whose output AWQ's paper compares.
+    `norm`: a normalisation with a weight (and bias), whose only readers are the consumers. `linear`: the rows of
+    a linear. `value`: the rows of the value projection, which grouped queries share: s must be alike for the
+    query heads of one kv head. Names are relative to the block. `inspect` is the module whose output AWQ's paper
+    compares, "" for the block.
+
+    offset: the norm multiplies by offset + weight. rows: which rows of the producer the consumers see:
+    "all"; the "second half" of gate and up; of q, k and v the "last" part, or the last head of each kv "grouped"
+    with its queries ([q .. q, k, v] per kv head); the last features of each head's "latent" expansion
+    ([k, v] per head). when: fields of the config, dots allowed, and the value each must have.
     """
 
     kind: Literal["norm", "linear", "value"]
     producer: str
     consumers: tuple[str, ...]
     inspect: str
+    offset: float = 0.0
+    rows: Rows = "all"
+    when: tuple[tuple[str, Any], ...] = ()
+
+    def holds(self, config: Any) -> bool:
+        """Whether a model of this config has the fold. A field that is absent counts as None."""
+        for path, value in self.when:
+            found = config
+            for name in path.split("."):
+                found = getattr(found, name, None)
+            if found != value:
+                return False
+        return True
 
 
 @dataclass(frozen=True)
 class Topology:
-    """One family. folds: in the order of execution. head_dim: features of one attention head (0: unknown)."""
+    """One model. folds: in the order of execution; of those, a block has the ones whose layers it has.
+    head_dim: features of one value head (0: unknown)."""
 
     folds: tuple[Fold, ...] = ()
     head_dim: int = 0
 
 
-_LLAMA_FOLDS = (
-    Fold("norm", "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
-    Fold("value", "self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj"),
-    Fold("norm", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
-    Fold("linear", "mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
-)
-
-_GPT2_FOLDS = (
-    Fold("norm", "ln_1", ("attn.c_attn",), "attn"),
-    Fold("norm", "ln_2", ("mlp.c_fc",), "mlp"),
-)
-
-FOLDS: dict[str, tuple[Fold, ...]] = {"llama": _LLAMA_FOLDS, "qwen3": _LLAMA_FOLDS, "gpt2": _GPT2_FOLDS}
-"""By `config.model_type`. A family that is absent is served by inspection alone."""
+def text_decoder(model: Any) -> tuple[str, nn.Module]:
+    """Path and module of the part that maps token embeddings to hidden states; the model itself if it has no
+    part of that kind."""
+    decoder = model.get_decoder() if callable(getattr(model, "get_decoder", None)) else None
+    return next(((name, module) for name, module in model.named_modules() if module is decoder), ("", model))
 
 
-def topology_of(model_type: str, head_dim: int) -> Topology:
-    """The literal of a family, or an empty topology for one that is only inspected."""
-    return Topology(FOLDS.get(model_type, ()), head_dim)
+def towers(model: Any) -> tuple[str, ...]:
+    """Paths of what is neither the text decoder nor the head: vision and audio towers, and their projectors."""
+    decoder, _ = text_decoder(model)
+    head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    found: list[str] = []
+    for name, module in model.named_modules() if decoder else ():
+        inside = any(name == known or name.startswith(known + ".") for known in (decoder, *found))
+        around = not name or decoder.startswith(name + ".")
+        if not inside and not around and module is not head and any(p.numel() for p in module.parameters()):
+            found.append(name)
+    return tuple(found)
 
 
 def find_blocks(model: nn.Module) -> str:
-    """Path of the decoder blocks: the ModuleList with the most parameters that lies in no other one.
+    """Path of the text decoder's blocks: the ModuleList with the most parameters that lies in no other one.
 
     Works on the meta device. Raises CheckpointError if the model has none.
     """
+    path, decoder = text_decoder(model)
     outer: dict[str, int] = {}
-    for name, module in model.named_modules():
+    for name, module in decoder.named_modules(prefix=path):
         if isinstance(module, nn.ModuleList) and not any(name.startswith(known + ".") for known in outer):
             outer[name] = sum(p.numel() for p in module.parameters())
     if not outer or not max(outer.values()):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from trifold.core.errors import RecipeError
+from trifold.core.folding import divide_producer, foldable, rows_in_block
 from trifold.core.method import METHODS, BlockContext, BlockMethod, Bounds, Rewrite
 from trifold.core.ranges import expand_groups, fit_ranges, from_bounds, group_view, to_codes
 from trifold.core.scheme import Scheme
@@ -48,29 +49,30 @@ class AWQ(BlockMethod):
     def rewrite(self, context: BlockContext, carry: Any) -> tuple[Rewrite, Any]:
         work = _Work(context)
         for fold in context.topology.folds:
-            known = all(name in work.weights and name in work.schemes for name in fold.consumers)
-            if known and (fold.kind != "value" or work.heads(fold)):
-                self._scale(fold, work)
+            rows = rows_in_block(fold, context)
+            if rows is not None:
+                self._scale(fold, rows, work)
         if self.clip:
             for name in work.schemes:
                 work.bounds[name] = clip_search(work.weights[name], work.schemes[name], work.gram(name))
         return work.result(), carry
 
-    def _scale(self, fold: Fold, work: _Work) -> None:
+    def _scale(self, fold: Fold, rows: torch.Tensor, work: _Work) -> None:
         leader = work.context.inputs[fold.consumers[0]]
         activity = work.context.statistics[leader].absmean / work.divided_by(leader)
         weights = {name: work.weights[name] for name in fold.consumers}
         schemes = [work.schemes[name] for name in fold.consumers]
         relative = _relative_weight(list(weights.values()), schemes)
+        norm = work.parameter(f"{fold.producer}.weight")
         best, best_loss, best_kind, plain = None, float("inf"), "none", float("inf")
         for kind, scale in self._candidates(activity, relative):
-            scale = work.foldable(fold, scale)
+            scale = foldable(fold, rows, scale, norm)
             loss = self._loss(fold, weights, schemes, scale, work)
             plain = loss if kind == "none" else plain
             if loss < best_loss:
                 best, best_loss, best_kind = scale, loss, kind
         if best is not None and best_kind != "none":
-            work.apply(fold, best)
+            work.apply(fold, rows, best)
         for name in fold.consumers:
             work.events[name] = {"awq": {"scaling": best_kind, "loss_ratio": best_loss / max(plain, 1e-30)}}
 
@@ -138,66 +140,16 @@ class _Work:
         """A dense parameter of the block as it is now."""
         return self.parameters.get(name, self.context.parameters.get(name))
 
-    def foldable(self, fold: Fold, scale: torch.Tensor) -> torch.Tensor:
-        """The nearest scale that the producer can really take over.
-
-        A value projection shares it among the query heads of a group; a norm's weight is rounded to its dtype,
-        and the scale that undoes the rounded one exactly is used.
-        """
-        if fold.kind == "value":
-            return self._per_query(self._per_value(scale, fold), fold)
-        if fold.kind == "norm":
-            weight = self.parameter(f"{fold.producer}.weight")
-            assert weight is not None
-            new = (weight.float() / scale).to(weight.dtype).float()
-            exact = weight.float() / new
-            return torch.where(torch.isfinite(exact) & (exact > 0), exact, torch.ones_like(exact))
-        return scale
-
-    def heads(self, fold: Fold) -> tuple[int, int, int] | None:
-        """(value heads, query heads of each, features of a head), or None if they cannot be told."""
-        dense = self.parameter(f"{fold.producer}.weight")
-        producer = self.weights.get(fold.producer, dense)
-        if producer is None or producer.dim() != 2:
-            return None
-        produced, consumed = len(producer), self.weights[fold.consumers[0]].shape[1]
-        if produced == consumed:
-            return 1, 1, produced
-        head = self.context.topology.head_dim
-        if not head or produced % head or consumed % produced:
-            return None
-        return produced // head, consumed // produced, head
-
-    def _per_value(self, scale: torch.Tensor, fold: Fold) -> torch.Tensor:
-        """(query heads x head,) -> (value heads x head,): the geometric mean over a group's query heads."""
-        heads = self.heads(fold)
-        assert heads is not None
-        return scale.reshape(heads).log().mean(1).exp().reshape(-1)
-
-    def _per_query(self, scale: torch.Tensor, fold: Fold) -> torch.Tensor:
-        """The inverse: each value head's scale, repeated for its query heads."""
-        heads = self.heads(fold)
-        assert heads is not None
-        return scale.reshape(heads[0], 1, heads[2]).expand(heads).reshape(-1)
-
-    def apply(self, fold: Fold, scale: torch.Tensor) -> None:
+    def apply(self, fold: Fold, rows: torch.Tensor, scale: torch.Tensor) -> None:
         """Divide the producer's output by `scale` and multiply the consumers' columns by it."""
-        rows = self._per_value(scale, fold) if fold.kind == "value" else scale
-        if fold.producer in self.weights:
-            self.weights[fold.producer] = self.weights[fold.producer] / rows[:, None]
-        else:
-            self._divide(f"{fold.producer}.weight", rows)
-        self._divide(f"{fold.producer}.bias", rows)
+        known = {**self.context.parameters, **self.parameters}
+        weights, parameters = divide_producer(fold, rows, scale, self.weights, known)
+        self.weights.update(weights)
+        self.parameters.update(parameters)
         for name in fold.consumers:
             self.weights[name] = self.weights[name] * scale
             self.divided[name] = self.divided_by(name) * scale
         self._grams.pop(self.context.inputs[fold.consumers[0]], None)
-
-    def _divide(self, name: str, rows: torch.Tensor) -> None:
-        value = self.parameter(name)
-        if value is not None:
-            shaped = rows.reshape(-1, *(1 for _ in value.shape[1:]))
-            self.parameters[name] = (value.float() / shaped).to(value.dtype)
 
     def module_loss(
         self, fold: Fold, weights: Mapping[str, torch.Tensor], rounded: Mapping[str, torch.Tensor]

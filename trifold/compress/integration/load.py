@@ -13,20 +13,21 @@ from safetensors.torch import load_file
 
 from trifold.compress.block import Compressed
 from trifold.compress.files import float_dtype, model_folder, reason, shard_files
+from trifold.compress.integration.auto import auto_class
 from trifold.core.errors import CheckpointError
 
 
 def load(
     model: str | os.PathLike[str], dtype: str | torch.dtype = "auto", device_map: Any = None, **kwargs: Any
 ) -> Any:
-    """A causal language model from a folder or hub id, in eval mode; packed weights stay packed.
+    """A language model from a folder or hub id, in eval mode; packed weights stay packed.
 
     Other keywords go to transformers' `from_pretrained`; code that comes with the model runs only with
     `trust_remote_code=True`. Raises CheckpointError if the folder cannot be read or a tensor is missing, of the
     wrong shape or, in one of our checkpoints, left over.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     import trifold.compress.integration.quantizer  # noqa: F401 - registers our format
 
@@ -36,9 +37,9 @@ def load(
     wanted = dtype if dtype == "auto" else float_dtype(dtype)
     # Asking on the terminal is no default for a library; mismatches are refused below, by name.
     settings: dict[str, Any] = {"trust_remote_code": False, "ignore_mismatched_sizes": True, **kwargs}
-    factory: Any = AutoModelForCausalLM
     try:
-        loaded, info = factory.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=settings["trust_remote_code"])
+        loaded, info = auto_class(config).from_pretrained(
             folder, dtype=wanted, device_map=device_map, output_loading_info=True, **settings
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
