@@ -18,12 +18,12 @@ LAYER = [name for name in METHODS if issubclass(METHODS.get(name), LayerMethod)]
 
 def problem(rows=9, columns=43, bits=3, group=16, zero_column=False, symmetric=False):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(64, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    x = torch.randn(64, columns, generator=generator) @ torch.randn(columns, columns, generator=generator) / 8
     weight = torch.randn(rows, columns, generator=generator)
     if zero_column:
         x[:, 3], weight[:, 5] = 0, 0
     drift = 0.01 * (torch.randn(x.shape, generator=generator).T @ x).double()
-    return LayerProblem({"a": weight}, {"a": Scheme(bits, group, symmetric)}, (x.T @ x).double(), drift)
+    return LayerProblem({"a": weight}, {"a": Scheme(bits, group, symmetric)}, (x.T @ x).double(), drift, sample=x)
 
 
 @pytest.mark.parametrize("name", list(METHODS))

@@ -10,8 +10,9 @@ from trifold.compress.plan import make_plan
 from trifold.compress.presets import STEPS, preset_names
 from trifold.compress.recipe import Recipe, matches
 from trifold.core.errors import RecipeError
+from trifold.core.inputs import InputScheme
 from trifold.core.method import METHODS
-from trifold.core.scheme import InputScheme, Scheme
+from trifold.core.scheme import Scheme
 from trifold.quantizers.gptq import GPTQ
 from trifold.quantizers.rtn import RTN
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trifold.core import native
-from trifold.core.columns import IntegerGrid, descend_block
+from trifold.core.columns import NearestCode, descend_block
 from trifold.core.obs import inverse_cholesky, sweep
 from trifold.core.refine import _descend_block
 from trifold.core.scheme import Scheme
@@ -31,7 +31,7 @@ def problem(rows, columns, seed=0):
 
 
 def swept(weight, hessian, scale, zero, block):
-    grid = IntegerGrid(scale, zero, [j % 3 for j in range(weight.shape[1])], Scheme(4))
+    grid = NearestCode(scale, zero, [j % 3 for j in range(weight.shape[1])], Scheme(4))
     decided, loss = sweep(weight, inverse_cholesky(hessian)[0].float(), grid, block)
     return grid.codes, decided, loss
 
@@ -41,7 +41,7 @@ def swept(weight, hessian, scale, zero, block):
 def test_compiled_sweep_is_the_torch_one(rows, columns, block, monkeypatch):
     given = problem(rows, columns)
     codes, decided, loss = swept(*given, block)
-    monkeypatch.setattr(IntegerGrid, "fix", lambda *_: False)
+    monkeypatch.setattr(NearestCode, "fix", lambda *_: False)
     expected_codes, expected, expected_loss = swept(*given, block)
     differ = (codes != expected_codes).any(0)  # a tie that the rounding of sums decided, and what follows from it
     assert differ.float().mean() <= 0.01
@@ -61,7 +61,7 @@ def test_compiled_descent_is_the_torch_one(rows, columns):
     got, expected = codes.clone(), codes.clone()
     moved, expected_moved = torch.zeros(2, columns, rows)
     assert descend_block(got, slopes, step, sizes, moved, hessian, 15)
-    _descend_block(expected, slopes, step, sizes, expected_moved, hessian, 15)
+    _descend_block(expected, slopes, step, sizes, expected_moved, hessian, Scheme(4))
     differ = (got != expected).any(0)
     assert differ.float().mean() <= 0.01 and not torch.equal(got, codes)
     torch.testing.assert_close(moved[:, ~differ], expected_moved[:, ~differ])
@@ -91,7 +91,7 @@ def test_a_compiler_that_fails_is_none(monkeypatch, tmp_path):
 
 @compiled
 def test_double_precision_and_other_layouts_are_left_to_torch():
-    grid = IntegerGrid(torch.ones(1, 4), torch.zeros(1, 4), [0, 0], Scheme(4))
+    grid = NearestCode(torch.ones(1, 4), torch.zeros(1, 4), [0, 0], Scheme(4))
     matrix = torch.zeros(2, 4)
     assert grid.fix(0, matrix, matrix.clone(), torch.eye(2))
     assert not grid.fix(0, matrix.double(), matrix.double(), torch.eye(2).double())

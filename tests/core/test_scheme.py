@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from trifold.core.errors import RecipeError
-from trifold.core.scheme import InputScheme, Scheme, fake_quantize_per_token, quantize_per_token
+from trifold.core.inputs import InputScheme, quantize_input, round_input
+from trifold.core.scheme import Scheme
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -49,7 +50,7 @@ def test_impossible_values(settings, message):
 
 def test_tokens_by_hand():
     x = torch.tensor([[1.27, -0.5, 0.004, 0.0], [0.0, 0.0, 0.0, 0.0], [-2.54, 1.27, 0.0, 0.03]])
-    codes, scale = quantize_per_token(x, InputScheme(8))
+    codes, scale = quantize_input(x, InputScheme(8))
     assert codes.dtype == torch.int8 and scale.dtype == torch.float32
     assert codes.tolist() == [[127, -50, 0, 0], [0, 0, 0, 0], [-127, 64, 0, 2]]  # 63.5 goes to even
     assert torch.allclose(scale, torch.tensor([[0.01], [1.0], [0.02]]))
@@ -60,12 +61,12 @@ def test_tokens_by_hand():
 def test_tokens_keep_their_extremes_and_err_by_half_a_step(bits, dtype):
     x = torch.randn(5, 3, 43, generator=torch.Generator().manual_seed(bits)).to(dtype)
     scheme = InputScheme(bits)
-    codes, scale = quantize_per_token(x, scheme)
+    codes, scale = quantize_input(x, scheme)
     assert codes.shape == x.shape and scale.shape == (5, 3, 1)
-    assert (codes.abs().amax(-1) == scheme.max_code).all()
+    assert (codes.abs().amax(-1) == scheme.largest).all()
     error = (codes.double() * scale.double() - x.double()).abs()
     assert (error <= scale.double() * (0.5 + 1e-4)).all()
-    rounded = fake_quantize_per_token(x, scheme)
+    rounded = round_input(x, scheme)
     assert rounded.dtype == dtype and rounded.shape == x.shape
     assert torch.equal(rounded, (codes.float() * scale).to(dtype))
 
@@ -73,12 +74,12 @@ def test_tokens_keep_their_extremes_and_err_by_half_a_step(bits, dtype):
 def test_tokens_do_not_influence_each_other():
     x = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
     x[3] *= 1000
-    together = fake_quantize_per_token(x, InputScheme(8))
-    assert torch.equal(together, torch.cat([fake_quantize_per_token(row[None], InputScheme(8)) for row in x]))
+    together = round_input(x, InputScheme(8))
+    assert torch.equal(together, torch.cat([round_input(row[None], InputScheme(8)) for row in x]))
 
 
 def test_a_token_that_is_not_a_number_stays_so():
     x = torch.tensor([[1.0, float("nan")], [1.0, float("inf")], [1.0, -1.0]])
-    rounded = fake_quantize_per_token(x, InputScheme(8))
+    rounded = round_input(x, InputScheme(8))
     assert not torch.isfinite(rounded[:2]).any()
     assert rounded[2].tolist() == [1.0, -1.0]

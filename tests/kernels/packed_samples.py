@@ -7,9 +7,9 @@ import torch
 
 from trifold.core.canonical import Quantized
 from trifold.core.scheme import SCALE_DTYPES, Scheme
-from trifold.formats import FORMATS
+from trifold.formats import FORMATS, format_for
 from trifold.kernels import PackedLinear
-from trifold.kernels.int8_dynamic.torch_int8 import TorchInt8
+from trifold.kernels.rounded_input.torch_int8 import TorchInt8
 from trifold.kernels.weight_only.torch_int4 import TorchInt4
 
 WIDTHS = range(1, 9)
@@ -29,9 +29,26 @@ def quantized(
     return Quantized(codes, scale, None if symmetric else zero, scheme)
 
 
+OTHERS = [{"zero_point": "real"}, {"grid": "nf4"}, {"grid": "fp4_e2m1"}, {"grid": "fp8_e4m3", "bits": 8}]
+"""Schemes whose grid is not one of integers with integer zero-points."""
+
+
+def other(out_features: int, in_features: int, group, scale_dtype: str = "bfloat16", **scheme) -> Quantized:
+    """One of OTHERS: random codes, each of them a number, scales in 0.01..0.03, zero-points in 0..15."""
+    made = Scheme(group_size=group, scale_dtype=scale_dtype, **scheme)  # type: ignore[arg-type]
+    shape = made.scale_shape(out_features, in_features)
+    generator = torch.Generator().manual_seed(out_features * 1000 + in_features)
+    codes = torch.randint(0, 2**made.bits, (out_features, in_features), generator=generator, dtype=torch.uint8)
+    if made.grid == "fp8_e4m3":
+        codes[codes & 127 == 127] = 0
+    scale = (0.01 + 0.02 * torch.rand(shape, generator=generator)).to(SCALE_DTYPES[scale_dtype])
+    zero = (15 * torch.rand(shape, generator=generator)).to(SCALE_DTYPES[scale_dtype])
+    return Quantized(codes, scale, None if made.symmetric else zero, made)
+
+
 def layer(weight: Quantized, bias: bool = False, input_bits: int | None = None) -> PackedLinear:
     """A PackedLinear that holds `weight`."""
-    form = FORMATS.get("int")
+    form = FORMATS.get(format_for(weight))
     spec = form.describe(weight) | ({"input": {"bits": input_bits}} if input_bits else {})
     module = PackedLinear(spec, bias, torch.float32)
     tensors = form.pack(weight)

@@ -45,16 +45,18 @@ def test_choices_and_reasons():
     assert (choice.op, choice.rejected) == ("weight_only.torch_int4", {})
     choice = explain(INT4, torch.float32, "cpu")
     assert choice.op == "weight_only.blockwise"
-    assert choice.rejected == {"weight_only.torch_int4": "takes torch.bfloat16 activations, not torch.float32"}
+    reason = "takes torch.bfloat16 activations, not torch.float32"
+    assert choice.rejected == {"weight_only.torch_int4": reason, "weight_only.torch_int8": reason}
     choice = explain(INT4, torch.bfloat16, "cuda")
     assert choice.op == "weight_only.blockwise"
-    assert choice.rejected == {"weight_only.torch_int4": "runs on cpu, not cuda"}
+    assert set(choice.rejected.values()) == {"runs on cpu, not cuda"}
     choice = explain({**INT4, "bits": 5}, torch.bfloat16, "cpu")
-    assert choice.rejected == {"weight_only.torch_int4": "bits=5 is outside 2..4"}
-    assert explain(W8A8, torch.float16, "cpu").op == "int8_dynamic.torch_int8"
+    assert choice.rejected["weight_only.torch_int4"] == "bits=5 is outside 2..4"
+    assert choice.rejected["weight_only.torch_int8"] == "bits=5 with symmetric=False are not 8 and true"
+    assert explain(W8A8, torch.float16, "cpu").op == "rounded_input.torch_int8"
     choice = explain({**W8A8, "group_size": 32}, torch.float32, "cpu")
-    assert choice.op == "int8_dynamic.blockwise"
-    assert choice.rejected == {"int8_dynamic.torch_int8": "group_size=32 is neither 'channel' nor 'tensor'"}
+    assert choice.op == "rounded_input.blockwise"
+    assert choice.rejected == {"rounded_input.torch_int8": "group_size=32 is neither 'channel' nor 'tensor'"}
 
 
 def test_explain_agrees_with_resolve():
@@ -100,7 +102,7 @@ def test_a_new_format_works_through_the_references(plain):
     assert torch.allclose(x.grad, dense.sum(0).expand(3, 43), atol=1e-5)
     rounding = PackedLinear({**spec, "input": {"bits": 8}}, False, torch.float32)
     rounding.load_state_dict({"weight": dense})
-    assert explain(rounding.spec, torch.float32, "cpu").op == "int8_dynamic.naive"
+    assert explain(rounding.spec, torch.float32, "cpu").op == "rounded_input.naive"
     assert torch.allclose(rounding(x), y, atol=0.3)
     table = PackedEmbedding(spec, torch.float32)
     table.load_state_dict({"weight": dense})

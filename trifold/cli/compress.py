@@ -93,6 +93,8 @@ def _plan_entry(plan: Any) -> dict[str, Any]:
 def _plan_table(layers: dict[str, dict[str, Any]]) -> Any:
     from rich.table import Column, Table
 
+    from trifold.core.inputs import InputScheme
+
     columns = (Column("layer", overflow="fold"), "shape", "method", "bits", "group", "input")
     table = Table(*columns, title="plan", title_justify="left")
     for name, entry in layers.items():
@@ -103,6 +105,6 @@ def _plan_table(layers: dict[str, dict[str, Any]]) -> Any:
             entry["method"],
             str(scheme.get("bits", "-")),
             str(scheme.get("group_size", "-")),
-            "-" if inputs is None else f"int{inputs['bits']}",
+            "-" if inputs is None else InputScheme(**inputs).label,
         )
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,16 +18,18 @@ from trifold.compress.experts import ExpertTokens
 from trifold.compress.memory import free_bytes
 from trifold.compress.plan import LayerPlan, Plan
 from trifold.compress.runner import BlockRunner
-from trifold.core.canonical import Canonical
+from trifold.core.canonical import Canonical, RoundedInput, with_rounded_input
 from trifold.core.errors import CheckpointError
+from trifold.core.inputs import round_input
 from trifold.core.linears import set_weight, weight_of
 from trifold.core.method import BlockContext, Bounds, LayerProblem, LayerSolution, Rewrite, Statistics
 from trifold.core.obs import NotFiniteError, relative_error
 from trifold.core.observe import first_tensor
-from trifold.core.scheme import Scheme, fake_quantize_per_token
-from trifold.core.statistics import Drift, Gram, Statistic
+from trifold.core.product import product
+from trifold.core.scheme import Scheme
+from trifold.core.statistics import AbsMax, Drift, Gram, Sample, Statistic
 from trifold.core.topology import Topology
-from trifold.formats import FORMATS, Spec, bits_per_weight, digest, format_for
+from trifold.formats import Spec, bits_per_weight, describe, digest, pack, rounds_input
 
 STATISTICS_SHARE = 0.25  # of the free memory may hold the statistics of one pass
 
@@ -53,15 +55,39 @@ class Compressed:
         self.report.update(report)
         self.digests.update(digests)
 
-    def add(self, name: str, plan: LayerPlan, canonical: Canonical) -> None:
+    def add(self, name: str, canonical: Canonical) -> None:
         """Pack a layer's decision."""
-        fmt = FORMATS.get(format_for(canonical))
-        spec, tensors = fmt.describe(canonical), fmt.pack(canonical)
-        if plan.input is not None:
-            spec["input"] = {"bits": plan.input.bits}
-        self.modules[name] = spec
+        tensors = pack(canonical)
+        self.modules[name] = describe(canonical)
         self.digests[name] = digest(tensors)
         self.tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What calibration found of one input. gram, drift: (in, in) float64. absmax: (in,) float32. sample: (tokens, in)
+    float32."""
+
+    gram: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
+    absmax: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
+
+    def divided(self, divisor: torch.Tensor) -> Seen:
+        """The same of the input divided by (in,)."""
+        inverse = divisor.double().reciprocal()
+        gram = None if self.gram is None else self.gram * inverse * inverse[:, None]
+        absmax, sample = (None if t is None else t / divisor for t in (self.absmax, self.sample))
+        return Seen(gram, None, absmax, sample)
+
+    def holds(self, needs: set[type[Statistic]]) -> bool:
+        """Whether these statistics are among it."""
+        found = {Gram: self.gram, Drift: self.drift, AbsMax: self.absmax, Sample: self.sample}
+        return all(found.get(kind) is not None for kind in needs)
+
+    @classmethod
+    def of(cls, statistics: Statistics) -> Seen:
+        return cls(statistics.gram, statistics.drift, statistics.absmax, statistics.sample)
 
 
 class BlockCompressor:
@@ -81,11 +107,11 @@ class BlockCompressor:
         layer_done: LayerDone,
     ) -> None:
         self.dense: BlockRunner | None = None
-        self._hooks: list[Any] = []
+        self._undo: list[Callable[[], Any]] = []
         self.module, self.prefix, self.plan, self.runner = module, prefix, plan, runner
         self.observed, self.layer_done = observed, layer_done
         self.weights = {name: weight_of(m).float().clone() for name, m in runner.linears.items()}
-        self.grams: dict[str, torch.Tensor] = {}  # by stage leader, where an earlier pass gathered them
+        self.seen: dict[str, Seen] = {}  # by stage leader, where an earlier pass gathered it
         self.bounds: dict[str, Bounds] = {}
         self.events: dict[str, dict[str, Any]] = {}
         self.experts = ExpertTokens(module, plan.min_expert_tokens)
@@ -114,9 +140,10 @@ class BlockCompressor:
                 statistics={leaders[name]: statistics[leaders[name]] for name in chosen},
                 schemes=self._schemes(chosen),
                 replay=self._replay,
+                roundings={name: plan.input for name in chosen if (plan := self.layer_plan(name)).input is not None},
             )
             change, carries[step] = method.rewrite(context, carries.get(step))
-            self._apply(change, {leader: s.gram for leader, s in statistics.items()}, leaders)
+            self._apply(change, {leader: Seen.of(s) for leader, s in statistics.items()}, leaders)
 
     def _gather(self, names: Sequence[str], kinds: Sequence[type[Statistic]]) -> dict[str, Statistics]:
         """One pass over the batches for the stages that hold these linears, by stage leader.
@@ -156,7 +183,7 @@ class BlockCompressor:
                 set_weight(self.runner.linears[layer], weight)
         return torch.cat([out.float().flatten(0, -2) for out in outputs])
 
-    def _apply(self, change: Rewrite, grams: dict[str, torch.Tensor], leaders: Mapping[str, str]) -> None:
+    def _apply(self, change: Rewrite, seen: dict[str, Seen], leaders: Mapping[str, str]) -> None:
         parameters = dict(self.module.named_parameters())
         for name, value in change.parameters.items():
             parameters[name].data = value.to(parameters[name].dtype)
@@ -165,9 +192,8 @@ class BlockCompressor:
             set_weight(self.runner.linears[name], weight)
         for name, divisor in change.divided.items():
             if leaders[name] == name:
-                inverse = divisor.double().reciprocal()
-                grams[name] = grams[name] * inverse * inverse[:, None]
-        self.grams = grams
+                seen[name] = seen[name].divided(divisor)
+        self.seen = seen
         self.bounds.update(change.bounds)
         for name, event in change.events.items():
             self.events.setdefault(name, {}).update(event)
@@ -178,9 +204,9 @@ class BlockCompressor:
         try:
             yield
         finally:
-            for handle in self._hooks:
-                handle.remove()
-            self._hooks.clear()
+            for undo in self._undo:
+                undo()
+            self._undo.clear()
 
     def follow_dense(self, calls: Sequence[Call], hidden: list[torch.Tensor]) -> BlockRunner:
         """Keep the block as it is now beside the one that is being compressed, on the dense hidden states."""
@@ -193,8 +219,9 @@ class BlockCompressor:
 
     def solve(self, true_sequential: bool) -> Compressed:
         """Solve every stage in order of execution; the module ends up with the dequantised weights."""
-        if self.observed and not true_sequential and not self.grams:
-            self.grams = {k: s.gram for k, s in self._gather(list(self.weights), (Gram,)).items()}
+        if self.observed and not true_sequential and not self.seen:
+            gathered = self._gather(list(self.weights), (Gram, *self._needs(self.weights) - {Drift}))
+            self.seen = {leader: Seen.of(s) for leader, s in gathered.items()}
         for wave in self.runner.waves:
             for stages in self._affordable(wave):
                 started = time.perf_counter()
@@ -202,14 +229,19 @@ class BlockCompressor:
                 gathering = (time.perf_counter() - started) / len(stages)
                 for stage in stages:
                     started = time.perf_counter()
-                    gram, drift = seen[stage[0]]
-                    solutions = self._solve_stage(stage, gram, drift)
+                    solutions = self._solve_stage(stage, seen[stage[0]])
                     seconds = (gathering + time.perf_counter() - started) / len(stage)
                     for name in stage:
-                        self._settle(name, solutions[name], gram, seconds)
+                        self._settle(name, solutions[name], seen[stage[0]], seconds)
                     for runner in filter(None, (self.runner, self.dense)):
                         runner.finish(stage)
         return self.done
+
+    def _needs(self, names: Iterable[str]) -> set[type[Statistic]]:
+        """What the methods of these layers, and static scales of their inputs, want to know."""
+        plans = [self.layer_plan(name) for name in names]
+        static = {AbsMax} if any(plan.input is not None and plan.input.static for plan in plans) else set()
+        return static | {kind for plan in plans for kind in plan.method.needs}
 
     def _affordable(self, wave: Sequence[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
         """A wave in parts whose statistics fit into memory together."""
@@ -217,8 +249,7 @@ class BlockCompressor:
         budget = free_bytes() * STATISTICS_SHARE
         held = 0.0
         for stage in wave:
-            kinds = {Gram}.union(*(self.layer_plan(name).method.needs for name in stage))
-            size = 8 * len(kinds) * self.weights[stage[0]].shape[1] ** 2
+            size = 8 * len({Gram} | self._needs(stage)) * self.weights[stage[0]].shape[1] ** 2
             if part and held + size > budget:
                 yield part
                 part, held = [], 0.0
@@ -226,28 +257,23 @@ class BlockCompressor:
             held += size
         yield part
 
-    def _statistics(
-        self, stages: Sequence[Sequence[str]], true_sequential: bool
-    ) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
-        """Gram and drift of each stage's input, by leader: from an earlier pass where no method needs newer ones."""
+    def _statistics(self, stages: Sequence[Sequence[str]], true_sequential: bool) -> dict[str, Seen]:
+        """What is known of each stage's input, by leader: from an earlier pass where nothing newer is needed."""
         if not self.observed:
-            return {stage[0]: (None, None) for stage in stages}
-        found: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
-        fresh: list[str] = []
-        kinds: set[type[Statistic]] = {Gram}
+            return {stage[0]: Seen() for stage in stages}
+        found: dict[str, Seen] = {}
+        fresh: dict[str, set[type[Statistic]]] = {}
         for stage in stages:
-            needs = {kind for name in stage for kind in self.layer_plan(name).method.needs}
-            if stage[0] in self.grams and Drift not in needs and not (needs and true_sequential):
-                found[stage[0]] = self.grams[stage[0]], None
+            needs, known = self._needs(stage), self.seen.get(stage[0])
+            if known is not None and known.holds(needs) and not (needs and true_sequential):
+                found[stage[0]] = known
             else:
-                fresh.append(stage[0])
-                kinds |= needs
-        gathered = self._gather(fresh, sorted(kinds, key=lambda kind: kind.__name__))
-        return found | {leader: (statistics.gram, statistics.drift) for leader, statistics in gathered.items()}
+                fresh[stage[0]] = needs
+        kinds = sorted(set().union(*fresh.values()), key=lambda kind: kind.__name__)
+        gathered = self._gather(list(fresh), (Gram, *kinds))
+        return found | {leader: Seen.of(statistics) for leader, statistics in gathered.items()}
 
-    def _solve_stage(
-        self, stage: Sequence[str], gram: torch.Tensor | None, drift: torch.Tensor | None
-    ) -> dict[str, LayerSolution]:
+    def _solve_stage(self, stage: Sequence[str], seen: Seen) -> dict[str, LayerSolution]:
         """Layers of one method are solved together."""
         by_method: dict[Any, list[str]] = {}
         for name in stage:
@@ -257,9 +283,10 @@ class BlockCompressor:
             problem = LayerProblem(
                 {name: self.weights[name] for name in names},
                 self._schemes(names),
-                gram,
-                drift,
+                seen.gram,
+                seen.drift,
                 {name: self.bounds[name] for name in names if name in self.bounds},
+                seen.sample,
             )
             try:
                 solution = method.solve(problem)
@@ -268,22 +295,18 @@ class BlockCompressor:
             solutions.update(dict.fromkeys(names, solution))
         return solutions
 
-    def _settle(self, name: str, solution: LayerSolution, gram: torch.Tensor | None, seconds: float) -> None:
+    def _settle(self, name: str, solution: LayerSolution, seen: Seen, seconds: float) -> None:
         plan, canonical, module = self.layer_plan(name), solution.canonical[name], self.runner.linears[name]
         weight = canonical.dequantize()
         set_weight(module, weight)
         if plan.input is not None:
-            rounding = partial(fake_quantize_per_token, scheme=plan.input)
-            self._hooks.append(
-                module.register_forward_pre_hook(
-                    lambda _m, args, kwargs: ((rounding(first_tensor(args, kwargs)),), {}), with_kwargs=True
-                )
-            )
-        self.done.add(self.prefix + name, plan, canonical)
-        metric = gram if gram is not None else torch.eye(weight.shape[1], device=weight.device)
+            canonical = with_rounded_input(canonical, plan.input, seen.absmax)
+            self._round_input(module, canonical)
+        self.done.add(self.prefix + name, canonical)
+        metric = seen.gram if seen.gram is not None else torch.eye(weight.shape[1], device=weight.device)
         entry = {
             "error": relative_error(self.weights[name], weight, metric),
-            "error_of": "output" if gram is not None else "weight",
+            "error_of": "output" if seen.gram is not None else "weight",
             "bits_per_weight": bits_per_weight(self.done.modules[self.prefix + name]),
             "seconds": round(seconds, 4),
             **self.experts.event(name),
@@ -292,6 +315,20 @@ class BlockCompressor:
         }
         self.done.report[self.prefix + name] = entry
         self.layer_done(self.prefix + name, entry)
+
+    def _round_input(self, module: nn.Module, canonical: Canonical) -> None:
+        """Let a solved linear do to its input what the packed one will: all of it alike, or each part its own."""
+        if isinstance(canonical, RoundedInput):
+            rounded = canonical
+
+            def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+                return (round_input(first_tensor(args, kwargs), rounded.scheme, rounded.scale),), {}
+
+            self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        elif rounds_input(describe(canonical)):
+            multiply, bias = product(canonical, module.get_parameter("weight").dtype), getattr(module, "bias", None)
+            module.forward = lambda x: multiply(x) if bias is None else multiply(x) + bias
+            self._undo.append(partial(vars(module).pop, "forward", None))
 
 
 def dense_tensors(

@@ -57,7 +57,10 @@ def prepare(
     plan = make_plan(recipe, source.model, source.blocks)
     if calibration is None:
         if not recipe.data_free:
-            raise CalibrationError(f"recipe {recipe.name!r} needs calibration text; give it with --calib FILE")
+            why = "needs calibration text"
+            if recipe.has_static_inputs:
+                why += " for its static activation scales (input.static=false finds them at run time)"
+            raise CalibrationError(f"recipe {recipe.name!r} {why}; give it with --calib FILE")
         windows = random_windows(source.config, recipe.seed)
     else:
         windows = text_windows(calibration, source.tokenizer, source.config, recipe.nsamples, recipe.seqlen)

@@ -10,9 +10,10 @@ from torch import nn
 
 from trifold.compress.recipe import BLOCKS, EMBEDDINGS, HEAD, Recipe, Step, matches
 from trifold.core.errors import RecipeError
+from trifold.core.inputs import InputScheme
 from trifold.core.linears import is_compressible, is_embedding, is_transposed, linears
 from trifold.core.method import BlockMethod, LayerMethod
-from trifold.core.scheme import InputScheme, Scheme
+from trifold.core.scheme import Scheme
 from trifold.core.topology import towers
 from trifold.kernels import PackedExperts, is_stacked
 

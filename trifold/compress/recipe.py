@@ -28,8 +28,10 @@ from pydantic import (
 
 import trifold.quantizers  # noqa: F401 - registers its methods
 from trifold.core.errors import RecipeError, unknown_name
+from trifold.core.inputs import InputScheme
 from trifold.core.method import METHODS, LayerMethod, Method
-from trifold.core.scheme import InputScheme, Scheme
+from trifold.core.scheme import Scheme
+from trifold.core.tables import TABLES
 
 BLOCKS, EMBEDDINGS, HEAD = "blocks", "embeddings", "head"  # targets that every model has under some name
 """The target that means: every linear inside the decoder blocks."""
@@ -55,6 +57,17 @@ class SchemeModel(_Strict):
     group_size: StrictInt | StrictStr = 128
     symmetric: bool = False
     scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    grid: StrictStr = "int"
+    zero_point: Literal["integer", "real"] = "integer"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, data: Any) -> Any:
+        """A table brings its bits and has no zero-point."""
+        grid = data.get("grid") if isinstance(data, Mapping) else None
+        if not isinstance(grid, str) or grid not in TABLES:
+            return data
+        return {"bits": TABLES.get(grid).bits, **data, "symmetric": True}
 
     def build(self) -> Scheme:
         return Scheme(**self.model_dump())
@@ -67,12 +80,14 @@ class SchemeModel(_Strict):
 
 
 class InputModel(_Strict):
-    """How activations are quantised: per token, at run time."""
+    """`core.inputs.InputScheme` as a recipe spells it."""
 
     bits: StrictInt = 8
+    grid: StrictStr = "int"
+    static: bool = False
 
     def build(self) -> InputScheme:
-        return InputScheme(self.bits)
+        return InputScheme(**self.model_dump())
 
     @model_validator(mode="after")
     def _possible(self) -> InputModel:
@@ -157,7 +172,8 @@ class Step(_Strict):
                 raise RecipeError(f"{self.method} takes no scheme; override it in a later step")
             return None
         try:
-            return SchemeModel.model_validate({**self.scheme.model_dump(), **changes}).build()
+            base = self.scheme.model_dump(exclude={"bits"} if "grid" in changes else None)
+            return SchemeModel.model_validate({**base, **changes}).build()
         except ValidationError as error:
             raise RecipeError(_explain(error, SchemeModel)) from error
 
@@ -188,7 +204,12 @@ class Recipe(_Strict):
     @property
     def data_free(self) -> bool:
         """True if no step needs calibration text."""
-        return not any(METHODS.get(step.method).needs for step in self.steps)
+        return not self.has_static_inputs and not any(METHODS.get(step.method).needs for step in self.steps)
+
+    @property
+    def has_static_inputs(self) -> bool:
+        """Whether scales of activations have to be found in calibration text."""
+        return any(step.input is not None and step.input.static for step in self.steps)
 
     @classmethod
     def load(cls, source: str | Path | Recipe | Mapping[str, Any]) -> Recipe:
@@ -226,7 +247,8 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None)
 
     def updated(self, settings: Iterable[str]) -> Recipe:
-        """With `k=v` in every step (or the recipe) that owns the field, `STEP.k=v` in one step.
+        """With `k=v` in every step (or the recipe) that owns the field, `STEP.k=v` in one step; `input.k=v` for
+        what is done to activations.
 
         Values are read as YAML; what is none, such as `*q_proj`, is taken as text.
         """
@@ -286,6 +308,8 @@ def _fields(data: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]
         for part in ("scheme", "options"):
             for field in step[part] or {}:
                 owners.setdefault(field, []).append((step["name"], step[part]))
+        for field in step["input"] or {}:
+            owners.setdefault(f"input.{field}", []).append((step["name"], step["input"]))
         for field in ("targets", "ignore"):
             owners.setdefault(field, []).append((step["name"], step))
     return owners
@@ -293,6 +317,9 @@ def _fields(data: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]
 
 def _assign(data: dict[str, Any], key: str, value: Any) -> None:
     owner, dot, field = key.rpartition(".")
+    if owner == "input" or owner.endswith(".input"):
+        owner, dot, _ = owner.rpartition("input")[0].rpartition(".")
+        field = f"input.{field}"
     owners = _fields(data)
     places = [place for name, place in owners.get(field, ()) if not dot or owner == name]
     if not places:
@@ -300,7 +327,7 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
         raise RecipeError(f"--set {key}: {unknown_name('setting', key, known)}")
     for place in places:
         listed = field in ("targets", "ignore") and not isinstance(value, list)
-        place[field] = [value] if listed else value
+        place[field.removeprefix("input.")] = [value] if listed else value
 
 
 def _explain(error: ValidationError, model: type[BaseModel] | None = None) -> str:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from trifold.compress.checkpoint import QUANT_METHOD, check_version
 from trifold.compress.files import shard_files
 from trifold.core.errors import CheckpointError
-from trifold.formats import FORMATS, Spec, bits_per_weight, stored_bytes
+from trifold.formats import Spec, bits_per_weight, label, layout, stored_bytes
 
 _ITEM_BYTES = {
     "F64": 8,
@@ -24,6 +24,7 @@ _ITEM_BYTES = {
     "I32": 4,
     "I16": 2,
     "I8": 1,
+    "F8_E4M3": 1,
     "U8": 1,
     "BOOL": 1,
 }
@@ -58,7 +59,8 @@ def live_totals(model: Any) -> dict[str, Any]:
         return {}
     saved = set(model.state_dict())  # not what is computed at load, such as rotary frequencies
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # tied ones once
-    other = {k: (t.numel(), t.nbytes) for k, t in tensors.items() if k in saved and not _packed(k, modules)}
+    packed = _stored_names(modules)
+    other = {k: (t.numel(), t.nbytes) for k, t in tensors.items() if k in saved and k not in packed}
     if not modules:
         return {"model_bits_per_weight": 8 * sum(b for _, b in other.values()) / sum(n for n, _ in other.values())}
     return totals(modules, other, model.dtype.itemsize)
@@ -86,7 +88,7 @@ def summarise(folder: Path) -> dict[str, Any]:
 def _layer(spec: Spec, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "format": spec["format"],
-        "describe": describe(spec),
+        "describe": label(spec),
         "shape": spec["shape"],
         "bits_per_weight": bits_per_weight(spec),
         "bytes": stored_bytes(spec),
@@ -95,18 +97,17 @@ def _layer(spec: Spec, entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def describe(spec: Spec) -> str:
-    """A spec in a few characters, such as `int4 g128 asym`, with the bits of its input, `a8`."""
-    label = FORMATS.get(spec["format"]).label(spec)
-    return f"{label} a{spec['input']['bits']}" if spec.get("input") else label
+def _stored_names(modules: Mapping[str, Spec]) -> set[str]:
+    return {f"{name}.{leaf}" for name, spec in modules.items() for leaf in layout(spec)}
 
 
 def _others(folder: Path, modules: Mapping[str, Spec]) -> dict[str, tuple[int, int]]:
+    packed = _stored_names(modules)
     found = {}
     for file in sorted(set(shard_files(folder).values())):
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
-                if _packed(key, modules):
+                if key in packed:
                     continue
                 part = handle.get_slice(key)
                 count = math.prod(part.get_shape())

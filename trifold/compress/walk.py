@@ -68,7 +68,7 @@ class Walk:
             parameter = module.get_parameter("weight")
             weight = parameter.data.float()
             canonical = plan.method.solve(LayerProblem({name: weight}, {name: plan.scheme})).canonical[name]
-            self.outside.add(name, plan, canonical)
+            self.outside.add(name, canonical)
             rounded = canonical.dequantize()
             entry = {
                 "error": float((weight - rounded).square().sum() / weight.square().sum().clamp(min=1e-30)),

@@ -1,7 +1,8 @@
 """Canonical tensors: what a method decided about a weight, independent of how it is stored.
 
-Leaves are `Dense`, `Quantized` and `LowRank`; `Sparse`, `Chain`, `Sum` and `Split` nest them. Every one knows
-the (out, in) shape of the weight it stands for, and `dequantize()` gives that weight in float32.
+Leaves are `Dense`, `Quantized` and `LowRank`; `Sparse`, `Chain`, `Sum` and `Split` nest them, and `RoundedInput` adds
+what happens to the activations that meet one of them. Every one knows the (out, in) shape of the weight it stands
+for, and `dequantize()` gives that weight in float32.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import reduce
 
 import torch
 
+from trifold.core.inputs import InputScheme
 from trifold.core.ranges import expand_groups
 from trifold.core.scheme import Scheme
 
@@ -51,10 +53,10 @@ class Dense(Canonical):
 
 @dataclass(frozen=True, eq=False)
 class Quantized(Canonical):
-    """(codes - zero_point) * scale.
+    """(codes - zero_point) * scale, or table[codes] * scale.
 
     codes: (out, in) uint8. scale: `scheme.scale_shape`, in `scheme.scale_dtype`. zero_point: the same shape,
-    uint8; None if the scheme is symmetric.
+    uint8, in `scheme.scale_dtype` if it is real; None if the scheme is symmetric, as a table always is.
     """
 
     codes: torch.Tensor
@@ -76,6 +78,8 @@ class Quantized(Canonical):
     def dequantize(self) -> torch.Tensor:
         width = self.scheme.group_width(self.shape[1])
         scale = expand_groups(self.scale.float(), self.shape, width)
+        if self.scheme.table is not None:
+            return self.scheme.table.decode(self.codes) * scale
         if self.zero_point is None:
             return (self.codes.float() - self.scheme.midpoint) * scale
         return (self.codes.float() - expand_groups(self.zero_point.float(), self.shape, width)) * scale
@@ -143,8 +147,14 @@ class Sparse(Canonical):
         return self.values.dequantize().masked_fill(~self.mask, 0.0)
 
 
+class Nested(Canonical):
+    """Put together from parts."""
+
+    parts: tuple[Canonical, ...]
+
+
 @dataclass(frozen=True, eq=False)
-class Chain(Canonical):
+class Chain(Nested):
     """A product, outermost factor first: `parts[0] @ parts[1] @ ...`."""
 
     parts: tuple[Canonical, ...]
@@ -163,7 +173,7 @@ class Chain(Canonical):
 
 
 @dataclass(frozen=True, eq=False)
-class Sum(Canonical):
+class Sum(Nested):
     """A sum of weights of one shape, such as a compressed weight and its low-rank residual."""
 
     parts: tuple[Canonical, ...]
@@ -181,7 +191,7 @@ class Sum(Canonical):
 
 
 @dataclass(frozen=True, eq=False)
-class Split(Canonical):
+class Split(Nested):
     """Rows (axis 0) or columns (axis 1) divided among parts.
 
     index: (out,) or (in,) int64; position i of the weight is the next unused row or column of part index[i].
@@ -194,7 +204,7 @@ class Split(Canonical):
     def __post_init__(self) -> None:
         counts = torch.bincount(self.index, minlength=len(self.parts)).tolist()
         sizes = [part.shape[self.axis] for part in self.parts]
-        if counts != sizes or len({part.shape[1 - self.axis] for part in self.parts}) != 1:
+        if self.axis not in (0, 1) or counts != sizes or len({part.shape[1 - self.axis] for part in self.parts}) != 1:
             raise ValueError(f"index gives the parts {counts} places on axis {self.axis}, they have {sizes}")
 
     @property
@@ -208,3 +218,53 @@ class Split(Canonical):
             places = (self.index == number).nonzero().squeeze(1)
             weight.index_copy_(self.axis, places, part.dequantize())
         return weight
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedInput(Canonical):
+    """A weight whose activations are rounded before they meet it; not a nested one, whose parts say so themselves.
+
+    scale: (1,) float32, of a static scheme; None of a dynamic one.
+    """
+
+    weight: Canonical
+    scheme: InputScheme
+    scale: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.scale is not None) != self.scheme.static:
+            raise ValueError("a scale goes with a static input scheme, and only with it")
+        if isinstance(self.weight, Nested | RoundedInput):
+            raise ValueError(f"the parts of a {type(self.weight).__name__} round their inputs, not the whole")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+    def dequantize(self) -> torch.Tensor:
+        return self.weight.dequantize()
+
+
+def with_rounded_input(weight: Canonical, scheme: InputScheme, absmax: torch.Tensor | None = None) -> Canonical:
+    """Let activations be rounded where they meet rounded weights; what is kept in 16 bits meets them as they are.
+
+    So a dense or low-rank part of a sum or a split sees x itself, each column part of a split has a scale of its
+    own, and of a chain only the last factor sees x. absmax: (in,), largest |x| of each feature in calibration,
+    for a static scheme.
+    """
+    match weight:
+        case Dense() | LowRank():
+            return weight
+        case Split(axis, index, parts):
+            own = [absmax if absmax is None or axis == 0 else absmax[index == i] for i in range(len(parts))]
+            inside = (with_rounded_input(p, scheme, a) for p, a in zip(parts, own, strict=True))
+            return Split(axis, index, tuple(inside))
+        case Sum(parts):
+            return Sum(tuple(with_rounded_input(part, scheme, absmax) for part in parts))
+        case Chain(parts):
+            return Chain((*parts[:-1], with_rounded_input(parts[-1], scheme, absmax)))
+    if not scheme.static:
+        return RoundedInput(weight, scheme)
+    if absmax is None:
+        raise ValueError("a static input scheme needs what calibration saw")
+    return RoundedInput(weight, scheme, scheme.static_scale(absmax))

@@ -16,7 +16,7 @@ from trifold.core.ranges import to_codes
 from trifold.core.scheme import Scheme
 
 
-class IntegerGrid:
+class NearestCode:
     """A decision for `obs.sweep`: the nearest code of each weight.
 
     group: for each column the row of scale and zero, (groups, rows) float32, that it uses. codes: (columns,
@@ -42,7 +42,7 @@ class IntegerGrid:
         """
         codes = self.codes[start : start + len(current)]
         native = _native(current, errors, codes, factor, self.scale, self.zero)
-        if native is None:
+        if native is None or self.scheme.table is not None:
             return False
         native.sweep_columns(
             *map(ctypes.c_size_t, current.shape),

@@ -18,9 +18,10 @@ from typing import Any, ClassVar
 import torch
 
 from trifold.core.canonical import Canonical
+from trifold.core.inputs import InputScheme
 from trifold.core.registry import Registry
 from trifold.core.scheme import Scheme
-from trifold.core.statistics import AbsMean, Drift, Gram, Statistic
+from trifold.core.statistics import AbsMax, AbsMean, Drift, Gram, Sample, Statistic
 from trifold.core.topology import Topology
 
 Bounds = tuple[torch.Tensor, torch.Tensor | None]
@@ -52,6 +53,16 @@ class Statistics:
         return self._by_kind[AbsMean].value  # type: ignore[attr-defined]
 
     @property
+    def absmax(self) -> torch.Tensor | None:
+        """(in,) float32, if it was gathered."""
+        return self._by_kind[AbsMax].value if AbsMax in self._by_kind else None  # type: ignore[attr-defined]
+
+    @property
+    def sample(self) -> torch.Tensor | None:
+        """(tokens, in) float32, if it was gathered."""
+        return self._by_kind[Sample].rows if Sample in self._by_kind else None  # type: ignore[attr-defined]
+
+    @property
     def drift(self) -> torch.Tensor | None:
         """(in, in) float64, if it was gathered."""
         return self._by_kind[Drift].matrix if Drift in self._by_kind else None  # type: ignore[attr-defined]
@@ -63,7 +74,8 @@ class LayerProblem:
 
     weights: name -> (out, in) float32. schemes: name -> Scheme, for methods that quantise. gram: (in, in)
     float64 of their common input, None without calibration. drift: sum of (x_dense - x) xᵀ, if the method
-    needs it. bounds: ranges that an earlier step found.
+    needs it. bounds: ranges that an earlier step found. sample: (tokens, in) float32, some inputs as they are,
+    if the method needs them.
     """
 
     weights: Mapping[str, torch.Tensor]
@@ -71,6 +83,7 @@ class LayerProblem:
     gram: torch.Tensor | None = None
     drift: torch.Tensor | None = None
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
+    sample: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,8 @@ class BlockContext:
     weights: linear name inside the block -> (out, in) float32, of the layers the recipe compresses.
     parameters: name -> every other parameter of the block (norms, biases, linears left dense).
     inputs: linear name -> name of the first linear that sees the same input. statistics: by that name.
-    schemes: linear name -> scheme of the step that will quantise it. replay(module, weights): the outputs of
+    schemes: linear name -> scheme of the step that will quantise it. roundings: linear name -> how that step
+    rounds its input, if it does. replay(module, weights): the outputs of
     a submodule on a sample of its own inputs, with some of its linears' weights replaced.
     """
 
@@ -99,6 +113,7 @@ class BlockContext:
     statistics: Mapping[str, Statistics]
     schemes: Mapping[str, Scheme]
     replay: Callable[[str, Mapping[str, torch.Tensor]], torch.Tensor]
+    roundings: Mapping[str, InputScheme] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
-"""From weights to scales, zero-points and codes: the ranges that every integer quantiser shares.
+"""From weights to scales, zero-points and codes: the ranges that every quantiser shares.
 
-Ranges always include zero, so that zero is representable and the zero-point is a code. Scales are rounded to
-the dtype they are stored in *before* codes are chosen, so a stored checkpoint dequantises to exactly the
-weights that calibration saw.
+Ranges always include zero, so that zero is representable and the zero-point is a code. Scales (and real
+zero-points) are rounded to the dtype they are stored in *before* codes are chosen, so a stored checkpoint
+dequantises to exactly the weights that calibration saw.
+
+Of a table of values, solvers work on the values themselves, as if they were codes with the zero-point 0;
+`to_stored` turns them into the table's codes at the end.
 """
 
 from __future__ import annotations
@@ -46,20 +49,38 @@ def round_scale(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 
 def from_bounds(low: torch.Tensor, high: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale (as stored, float32) and zero-point (float32 integers, None if symmetric) covering [low, high]."""
+    """Scale (as stored, float32) and zero-point (as stored, float32, None if symmetric) covering [low, high]."""
     low, high = low.clamp(max=0), high.clamp(min=0)
+    if scheme.table is not None:
+        return round_scale(torch.maximum(-low, high) / scheme.table.largest, scheme), None
     if scheme.symmetric:
         steps = max(2 ** (scheme.bits - 1) - 1, 0.5)
         return round_scale(torch.maximum(-low, high) / steps, scheme), None
     scale = round_scale((high - low) / scheme.max_code, scheme)
-    return scale, (-low / scale).round().clamp(0, scheme.max_code)
+    return scale, round_zero(-low / scale, scheme)
+
+
+def round_zero(zero: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Zero-points as stored, in float32: a code, or a real number rounded to `scheme.scale_dtype`."""
+    if scheme.zero_point == "real":
+        dtype = SCALE_DTYPES[scheme.scale_dtype]
+        return zero.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype).float()
+    return zero.round().clamp(0, scheme.max_code)
 
 
 def to_codes(
     weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | float, scheme: Scheme
 ) -> torch.Tensor:
-    """Nearest codes, as floats in 0..max_code; `scale` and `zero_point` broadcast against `weight`."""
+    """Nearest codes, as floats in 0..max_code, or nearest values of a table; `scale` and `zero_point` broadcast
+    against `weight`."""
+    if scheme.grid != "int":
+        return scheme.table.snap(weight / scale)  # type: ignore[union-attr]
     return (weight / scale + zero_point).round_().clamp_(0, scheme.max_code)
+
+
+def to_stored(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """What `to_codes` gave, as it is stored: uint8."""
+    return codes.to(torch.uint8) if scheme.table is None else scheme.table.encode(codes)
 
 
 def fit_ranges(

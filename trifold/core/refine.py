@@ -87,7 +87,8 @@ def descend(
 ) -> torch.Tensor:
     """One pass of coordinate descent over the columns: each code becomes the best one given all others.
 
-    All (out, in) float32, scale and offset per weight; hessian (in, in). Returns the new codes.
+    The loss is a parabola in one weight, so the best of any grid is the one nearest to its minimum. All (out, in)
+    float32, scale and offset per weight; hessian (in, in). Returns the new codes.
     """
     codes, scale, offset = (t.T.contiguous() for t in (codes, scale, offset))
     error = weight.T - (codes - offset) * scale  # (in, out)
@@ -97,8 +98,8 @@ def descend(
         part = slice(start, min(start + block, len(codes)))
         moved = moves[: part.stop - start].zero_()
         given = (codes[part], hessian[part] @ error, step[part], scale[part], moved, hessian[part, part])
-        if not descend_block(*given, scheme.max_code):
-            _descend_block(*given, scheme.max_code)
+        if scheme.table is not None or not descend_block(*given, scheme.max_code):
+            _descend_block(*given, scheme)
         error[part] -= moved
     return codes.T.contiguous()
 
@@ -110,13 +111,14 @@ def _descend_block(
     scale: torch.Tensor,
     moved: torch.Tensor,
     hessian: torch.Tensor,
-    max_code: int,
+    scheme: Scheme,
 ) -> None:
-    along = moved.T
+    along, table = moved.T, scheme.table
     for code, slope, inverse, size, move, column in zip(
         codes, slopes, step, scale, moved, hessian.unbind(1), strict=True
     ):
         pull = torch.addmv(slope, along, column, alpha=-1)  # what is not decided yet has moved by nothing
-        new = torch.addcmul(code, pull, inverse).round_().clamp_(0, max_code)
+        new = torch.addcmul(code, pull, inverse)
+        new = new.round_().clamp_(0, scheme.max_code) if table is None else table.snap(new)
         torch.sub(new, code, out=move).mul_(size)
         code.copy_(new)

@@ -1,4 +1,4 @@
-"""Schemes: which numbers a tensor may take."""
+"""Schemes: which numbers a weight may take."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Literal
 
 import torch
 
-from trifold.core.errors import RecipeError
+from trifold.core.errors import RecipeError, unknown_name
+from trifold.core.tables import TABLES, Table
 
 ScaleDtype = Literal["bfloat16", "float16", "float32"]
+ZeroPoint = Literal["integer", "real"]
 SCALE_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -19,10 +21,14 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """Uniform integers of 1..8 bits: `value = (code - zero_point) * scale`.
+    """Which values a weight may take, and what shares a scale.
 
-    Codes are unsigned, `0 <= code < 2**bits`. With `symmetric` no zero-point is stored: it is `2**(bits-1)`,
-    and for one bit the midpoint 0.5, so that the two levels are `-scale/2` and `+scale/2`.
+    `grid="int"`: uniform integers of 1..8 bits, `value = (code - zero_point) * scale`. Codes are unsigned,
+    `0 <= code < 2**bits`. With `symmetric` no zero-point is stored: it is `2**(bits-1)`, and for one bit the
+    midpoint 0.5, so that the two levels are `-scale/2` and `+scale/2`. Otherwise `zero_point` says what it is:
+    an "integer", a code, or "real", a number of `scale_dtype`.
+    Any other grid is a table, `value = table[code] * scale` (see `core/tables.py`): `bits` has to be the table's,
+    and `symmetric` becomes true, since there is no zero-point.
     `group_size` counts consecutive input features of one row that share a scale; the last group of a row may
     be shorter. `"channel"` is one scale per row, `"tensor"` one for the whole matrix.
 
@@ -33,6 +39,8 @@ class Scheme:
     group_size: int | Literal["channel", "tensor"] = 128
     symmetric: bool = False
     scale_dtype: ScaleDtype = "bfloat16"
+    grid: str = "int"
+    zero_point: ZeroPoint = "integer"
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -43,6 +51,22 @@ class Scheme:
             raise RecipeError(f"group_size={self.group_size!r} is neither a number, 'channel' nor 'tensor'")
         if self.scale_dtype not in SCALE_DTYPES:
             raise RecipeError(f"scale_dtype={self.scale_dtype!r} is not one of {', '.join(SCALE_DTYPES)}")
+        if self.zero_point not in ("integer", "real"):
+            raise RecipeError(f"zero_point={self.zero_point!r} is neither 'integer' nor 'real'")
+        if self.grid != "int":
+            if self.grid not in TABLES:
+                raise RecipeError(unknown_name("grid", self.grid, ["int", *TABLES]))
+            if self.bits != TABLES.get(self.grid).bits:
+                raise RecipeError(f"grid={self.grid!r} has {TABLES.get(self.grid).bits} bits, not bits={self.bits}")
+            object.__setattr__(self, "symmetric", True)
+        if self.symmetric and self.zero_point != "integer":
+            why = f"grid={self.grid!r}" if self.grid != "int" else "symmetric=true"
+            raise RecipeError(f"zero_point={self.zero_point!r}: with {why} there is none; leave it out")
+
+    @property
+    def table(self) -> Table | None:
+        """The values by code, None for uniform integers."""
+        return None if self.grid == "int" else TABLES.get(self.grid)
 
     @property
     def max_code(self) -> int:
@@ -50,7 +74,9 @@ class Scheme:
 
     @property
     def midpoint(self) -> float:
-        """The implied zero-point of a symmetric scheme."""
+        """The implied zero-point of a symmetric scheme; 0 for a table."""
+        if self.grid != "int":
+            return 0.0
         return 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
 
     def group_width(self, in_features: int) -> int:
@@ -62,35 +88,3 @@ class Scheme:
         if self.group_size == "tensor":
             return (1, 1)
         return (out_features, -(-in_features // self.group_width(in_features)))
-
-
-@dataclass(frozen=True)
-class InputScheme:
-    """How a layer's activations are quantised: symmetric integers, one scale per token, found at run time.
-
-    `value = code * absmax / (2**(bits-1) - 1)` with `|code| <= 2**(bits-1) - 1`.
-    """
-
-    bits: int = 8
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise RecipeError(f"input bits={self.bits} is outside 2..8; 8 is usual, 16 means: leave it out")
-
-    @property
-    def max_code(self) -> int:
-        return int(2 ** (self.bits - 1)) - 1
-
-
-def quantize_per_token(x: torch.Tensor, scheme: InputScheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (..., in), any float dtype -> codes int8 (..., in), scale float32 (..., 1). A zero row gets scale 1."""
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True) / scheme.max_code
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return (x / scale).round_().clamp_(-scheme.max_code, scheme.max_code).to(torch.int8), scale
-
-
-def fake_quantize_per_token(x: torch.Tensor, scheme: InputScheme) -> torch.Tensor:
-    """x (..., in) rounded to the grid that `quantize_per_token` chooses; same dtype."""
-    codes, scale = quantize_per_token(x, scheme)
-    return (codes.float() * scale).to(x.dtype)

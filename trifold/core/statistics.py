@@ -157,3 +157,29 @@ class AbsMax(Statistic):
 
     def _absorb(self, other: AbsMax) -> None:
         self.value = torch.maximum(self.value, other.value)
+
+
+class Sample(Statistic):
+    """Some tokens as they are, spread evenly over all: every 2**k-th, with the least k that leaves at most LIMIT."""
+
+    LIMIT: ClassVar[int] = 512
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(in_features, device)
+        self.rows = torch.empty(0, in_features, dtype=torch.float32, device=self.device)
+        self._stride = 1
+
+    def update(self, observation: Observation) -> None:
+        x, first = observation.x, -self.tokens % self._stride
+        self.rows = torch.cat([self.rows, x[first :: self._stride].float()])
+        self.tokens += x.shape[0]
+        self._thin()
+
+    def _thin(self) -> None:
+        while len(self.rows) > self.LIMIT:
+            self.rows, self._stride = self.rows[::2].clone(), 2 * self._stride
+
+    def _absorb(self, other: Sample) -> None:
+        self.rows = torch.cat([self.rows, other.rows])
+        self._stride = max(self._stride, other._stride)
+        self._thin()

@@ -1,11 +1,8 @@
-"""`int`: uniform integers of 1..8 bits with scales and zero-points.
+"""`int`: uniform integers of 1..8 bits with scales and, if they are not symmetric, integer zero-points.
 
-    weight             int32 (out, ceil(in * bits / 32))      bitstream of codes along each row
-    weight_scale       scale_dtype, scheme.scale_shape
     weight_zero_point  int32 (ceil(rows * bits / 32), groups)  bitstream down each column; asymmetric only
 
-`rows` is the number of rows of the scales. The codes bear the dense weight's own name, in a shape that no
-dense weight has, so that a loader without Trifold stops instead of filling in random weights.
+`rows` is the number of rows of the scales; see `formats/quantized.py` for codes and scales.
 """
 
 from __future__ import annotations
@@ -15,74 +12,40 @@ from collections.abc import Mapping
 import torch
 
 from trifold.core.canonical import Canonical, Quantized
-from trifold.core.errors import InputError
-from trifold.core.scheme import SCALE_DTYPES, Scheme
-from trifold.formats.base import FORMATS, Format, Layout, Spec
+from trifold.core.scheme import Scheme
+from trifold.formats.base import FORMATS, Layout, Spec
 from trifold.formats.bitstream import pack_bits, unpack_bits, words_for
+from trifold.formats.quantized import QuantizedFormat, group_label
 
 
-def scheme_of(spec: Spec) -> Scheme:
-    """The scheme that a spec of this format describes."""
-    return Scheme(spec["bits"], spec["group_size"], spec["symmetric"], spec["scale_dtype"])
+class IntFormat(QuantizedFormat):
+    name = "int"
 
-
-class IntFormat(Format):
-    def holds(self, canonical: Canonical) -> bool:
-        return isinstance(canonical, Quantized)
-
-    def describe(self, canonical: Canonical) -> Spec:
-        assert isinstance(canonical, Quantized)
-        scheme = canonical.scheme
-        return {
-            "format": "int",
-            "shape": list(canonical.shape),
-            "bits": scheme.bits,
-            "group_size": scheme.group_size,
-            "symmetric": scheme.symmetric,
-            "scale_dtype": scheme.scale_dtype,
-        }
+    def stores(self, scheme: Scheme) -> bool:
+        return scheme.grid == "int" and scheme.zero_point == "integer"
 
     def label(self, spec: Spec) -> str:
-        group = spec["group_size"]
-        width = f"g{group}" if isinstance(group, int) else str(group)
-        return f"int{spec['bits']} {width} {'sym' if spec['symmetric'] else 'asym'}"
+        return f"int{spec['bits']} {group_label(spec)} {'sym' if spec['symmetric'] else 'asym'}"
 
     def layout(self, spec: Spec) -> Layout:
-        scheme = scheme_of(spec)
-        rows, columns = spec["shape"]
-        words = words_for(columns, scheme.bits)
-        if words == columns:
-            raise InputError(f"a weight of shape {(rows, columns)} has too few inputs to pack; leave it dense")
-        scale_rows, groups = scheme.scale_shape(rows, columns)
-        layout: Layout = {
-            "weight": ((rows, words), torch.int32),
-            "weight_scale": ((scale_rows, groups), SCALE_DTYPES[scheme.scale_dtype]),
-        }
-        if not scheme.symmetric:
-            layout["weight_zero_point"] = ((words_for(scale_rows, scheme.bits), groups), torch.int32)
+        layout = super().layout(spec)
+        if not spec["symmetric"]:
+            (rows, groups), _ = layout["weight_scale"]
+            layout["weight_zero_point"] = ((words_for(rows, spec["bits"]), groups), torch.int32)
         return layout
 
     def pack(self, canonical: Canonical) -> dict[str, torch.Tensor]:
         assert isinstance(canonical, Quantized)
-        bits = canonical.scheme.bits
-        tensors = {
-            "weight": pack_bits(canonical.codes, bits),
-            "weight_scale": canonical.scale.contiguous(),
-        }
+        tensors = super().pack(canonical)
         if canonical.zero_point is not None:
-            tensors["weight_zero_point"] = pack_bits(canonical.zero_point.T, bits).T.contiguous()
+            tensors["weight_zero_point"] = pack_bits(canonical.zero_point.T, canonical.scheme.bits).T.contiguous()
         return tensors
 
-    def unpack(self, tensors: Mapping[str, torch.Tensor], spec: Spec) -> Quantized:
-        scheme = scheme_of(spec)
-        rows, columns = spec["shape"]
-        zero = None
-        if not scheme.symmetric:
-            scale_rows, _ = scheme.scale_shape(rows, columns)
-            zero = unpack_bits(tensors["weight_zero_point"].T.contiguous(), scheme.bits, scale_rows)
-            zero = zero.T.contiguous()
-        codes = unpack_bits(tensors["weight"], scheme.bits, columns)
-        return Quantized(codes, tensors["weight_scale"], zero, scheme)
+    def zero_point(self, tensors: Mapping[str, torch.Tensor], spec: Spec) -> torch.Tensor | None:
+        if spec["symmetric"]:
+            return None
+        rows = len(tensors["weight_scale"])
+        return unpack_bits(tensors["weight_zero_point"].T.contiguous(), spec["bits"], rows).T.contiguous()
 
 
 FORMATS.register("int")(IntFormat())

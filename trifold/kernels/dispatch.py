@@ -6,49 +6,58 @@ The first row that fits, and whose op supports the weight, wins. An op that is n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from trifold.formats.base import Spec
-from trifold.kernels.int8_dynamic import blockwise as dynamic_blockwise
-from trifold.kernels.int8_dynamic import naive as dynamic_naive
-from trifold.kernels.int8_dynamic import torch_int8
 from trifold.kernels.op import Op
-from trifold.kernels.weight_only import blockwise, naive, torch_int4
+from trifold.kernels.rounded_input import blockwise as rounded_blockwise
+from trifold.kernels.rounded_input import naive as rounded_naive
+from trifold.kernels.rounded_input import torch_fp8, torch_int8
+from trifold.kernels.weight_only import blockwise, dense, naive, torch_int4
+from trifold.kernels.weight_only import torch_int8 as weight_int8
+
+InputKind = Literal["as it is", "rounded", "int", "fp8_e4m3"]
 
 
 class Row(NamedTuple):
-    """None stands for any. quantized_input: whether the spec has an `input` scheme."""
+    """None stands for any. input: what is done to activations; "rounded" is any grid, the last two are that one."""
 
-    format: str | None
-    quantized_input: bool
+    formats: tuple[str, ...] | None
+    input: InputKind
     device: str | None
     dtype: torch.dtype | None
     op: Op
 
 
 TABLE: tuple[Row, ...] = (
-    Row("int", False, "cpu", torch.bfloat16, torch_int4.TorchInt4()),
-    Row(None, False, None, None, blockwise.Blockwise()),
-    Row(None, False, None, None, naive.Naive()),
-    Row("int", True, "cpu", None, torch_int8.TorchInt8()),
-    Row(None, True, None, None, dynamic_blockwise.Blockwise()),
-    Row(None, True, None, None, dynamic_naive.Naive()),
+    Row(("int", "affine"), "as it is", "cpu", torch.bfloat16, torch_int4.TorchInt4()),
+    Row(("int",), "as it is", "cpu", torch.bfloat16, weight_int8.TorchInt8()),
+    Row(("dense",), "as it is", None, None, dense.Dense()),
+    Row(("low_rank",), "as it is", None, None, dense.LowRank()),
+    Row(None, "as it is", None, None, blockwise.Blockwise()),
+    Row(None, "as it is", None, None, naive.Naive()),
+    Row(("int",), "int", "cpu", None, torch_int8.TorchInt8()),
+    Row(("fp8",), "fp8_e4m3", None, None, torch_fp8.TorchFP8()),
+    Row(None, "rounded", None, None, rounded_blockwise.Blockwise()),
+    Row(None, "rounded", None, None, rounded_naive.Naive()),
 )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """op: name of the op that runs. rejected: the ones preferred to it, with the reason why they cannot."""
+    """op: name of the op that runs. rejected: the ones preferred to it, with the reason why they cannot.
+
+    parts: of a weight made of parts, whose op is called as its format: the choice for each of them.
+    """
 
     op: str
     rejected: dict[str, str]
+    parts: tuple[Choice, ...] = ()
 
 
 def _reason(row: Row, spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
-    if row.format not in (None, spec["format"]):
-        return f"takes format {row.format!r}, not {spec['format']!r}"
     if row.device not in (None, device.type):
         return f"runs on {row.device}, not {device.type}"
     if row.dtype not in (None, dtype):
@@ -59,9 +68,12 @@ def _reason(row: Row, spec: Spec, dtype: torch.dtype, device: torch.device) -> s
 def _choose(spec: Spec, dtype: torch.dtype, device: torch.device, in_place: bool = False) -> tuple[Op, dict[str, str]]:
     if not dtype.is_floating_point:
         raise TypeError(f"activations must be floating point, not {dtype}")
+    if "parts" in spec:
+        raise TypeError(f"a {spec['format']} has no op; each of its parts has one")
     rejected: dict[str, str] = {}
+    kinds = ("rounded", spec["input"].get("grid", "int")) if spec.get("input") else ("as it is",)
     for row in TABLE:
-        if row.quantized_input != bool(spec.get("input")):
+        if row.input not in kinds or (row.formats is not None and spec["format"] not in row.formats):
             continue
         reason = _reason(row, spec, dtype, device)
         if reason is None and in_place and row.op.replaces:
@@ -81,6 +93,8 @@ def resolve(spec: Spec, dtype: torch.dtype, device: torch.device, in_place: bool
 
 
 def explain(spec: Spec, dtype: torch.dtype, device: torch.device | str) -> Choice:
-    """What `resolve` chooses, and why it chose nothing that it prefers."""
+    """What `resolve` chooses, for each part if there are any, and why it chose nothing that it prefers."""
+    if "parts" in spec:
+        return Choice(spec["format"], {}, tuple(explain(part, dtype, device) for part in spec["parts"]))
     op, rejected = _choose(spec, dtype, torch.device(device))
     return Choice(op.name, rejected)

@@ -14,7 +14,7 @@ Tensors = dict[str, torch.Tensor]
 """Tensors of one weight by name: portable as its format lays them out, or an op's own runtime layout."""
 
 
-class Op(ABC):
+class Runtime:
     """Stateless. Several modules share one instance.
 
     name: what `explain` calls it. replaces: whether it keeps a runtime layout in place of the portable
@@ -25,10 +25,6 @@ class Op(ABC):
     name: ClassVar[str]
     replaces: ClassVar[bool] = False
 
-    def supports(self, spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
-        """None if the op can run this weight with such activations, else the reason why not."""
-        return None
-
     def prepare(self, tensors: Tensors, spec: Spec) -> Tensors:
         """The runtime layout of portable tensors."""
         return tensors
@@ -36,6 +32,14 @@ class Op(ABC):
     def restore(self, tensors: Tensors, spec: Spec) -> Tensors:
         """The portable tensors of a runtime layout."""
         return tensors
+
+
+class Op(Runtime, ABC):
+    """Multiplies by a weight that is stored as a whole."""
+
+    def supports(self, spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
+        """None if the op can run this weight with such activations, else the reason why not."""
+        return None
 
     @abstractmethod
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:

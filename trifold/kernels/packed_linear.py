@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from trifold.core.scheme import InputScheme
+from trifold.core.inputs import InputScheme
 from trifold.formats.base import Spec
+from trifold.kernels.compose import COMPOSITIONS
 from trifold.kernels.dispatch import resolve
 from trifold.kernels.op import Op
 from trifold.kernels.rows import row_blocks
@@ -20,8 +21,9 @@ class PackedLinear(PackedModule):
     """x Wᵀ + b with a packed W.
 
     spec: the JSON of a format, with `shape` (out, in); an `input` such as {"bits": 8} means that activations
-    are quantised per token. bias_dtype: of the bias, a parameter without gradient. The tensors are empty, on
-    the default device, until they are loaded. No dense copy of the weight is ever kept.
+    are rounded first. A weight made of `parts` runs each of them with an op of its own. bias_dtype: of the bias,
+    a parameter without gradient. The tensors are empty, on the default device, until they are loaded. No dense
+    copy of the weight is ever kept.
     """
 
     def __init__(self, spec: Spec, bias: bool, bias_dtype: torch.dtype) -> None:
@@ -31,6 +33,9 @@ class PackedLinear(PackedModule):
         values = torch.empty(self.out_features, dtype=bias_dtype) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
         self._ops: dict[tuple[torch.dtype, torch.device], Op] = {}
+
+    def _part(self, spec: Spec) -> PackedLinear:
+        return PackedLinear(spec, False, torch.get_default_dtype())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in), any float dtype -> (..., out), of the same dtype also under autocast.
@@ -46,8 +51,18 @@ class PackedLinear(PackedModule):
                 return PackedLinear.forward(self, x)
         flat, bias = x.reshape(-1, self.in_features), self.bias
         learns = x.requires_grad or (bias is not None and bias.requires_grad)
-        y = _Product.apply(flat, bias, self) if learns else self._product(flat, bias)
+        if "parts" in self.spec:
+            y = self._composed(flat, bias)
+        else:
+            y = _Product.apply(flat, bias, self) if learns else self._product(flat, bias)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _composed(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if not len(x):
+            return x.new_empty(0, self.out_features)
+        composition = COMPOSITIONS[self.spec["format"]]
+        y = composition.combine(x, self._tensors_for(composition), self.spec, list(self.parts))
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _op(self, x: torch.Tensor) -> Op:
         key = (x.dtype, x.device)

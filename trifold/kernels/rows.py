@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from trifold.core.canonical import Canonical, Quantized
-from trifold.formats.base import FORMATS, Spec
+from trifold.core.canonical import Canonical, Dense, LowRank, Quantized
+from trifold.formats.base import Spec, unpack
 from trifold.formats.bitstream import unpack_bits
-from trifold.formats.int import scheme_of
+from trifold.formats.quantized import scheme_of
 
 ALIGNMENT = 64
 _TILE = {"cpu": 2**19}  # elements of a dense tile: it stays in the second-level cache
@@ -28,13 +28,15 @@ def row_blocks(out_features: int, in_features: int, device: torch.device) -> Ite
 
 
 def zero_points(tensors: Mapping[str, torch.Tensor], spec: Spec, rows: Rows) -> torch.Tensor | None:
-    """The zero-points of some rows, uint8 (n, groups), or (1, 1) for a whole tensor; None if symmetric."""
+    """The zero-points of some rows, uint8 or real, (n, groups), or (1, 1) for a whole tensor; None if symmetric."""
     scheme = scheme_of(spec)
     if scheme.symmetric:
         return None
     words = tensors["weight_zero_point"]
     if scheme.group_size == "tensor":
         rows = slice(0, 1)
+    if scheme.zero_point == "real":
+        return words[rows]
     if isinstance(rows, slice):
         rows = torch.arange(rows.start, rows.stop, device=words.device)
     bit = rows * scheme.bits
@@ -53,29 +55,55 @@ def with_codes(codes: torch.Tensor, tensors: Mapping[str, torch.Tensor], spec: S
     return Quantized(codes, scale, zero_points(tensors, spec, rows), scheme)
 
 
-def _int_rows(tensors: Mapping[str, torch.Tensor], spec: Spec, rows: Rows) -> Quantized:
+def _bitstream_rows(tensors: Mapping[str, torch.Tensor], spec: Spec, rows: Rows) -> Quantized:
     weight = tensors["weight"]
     words = weight[rows] if isinstance(rows, slice) else weight.index_select(0, rows)
     return with_codes(unpack_bits(words, spec["bits"], spec["shape"][1]), tensors, spec, rows)
 
 
-DECODERS: dict[str, Callable[[Mapping[str, torch.Tensor], Spec, Rows], Canonical]] = {"int": _int_rows}
+def _fp8_rows(tensors: Mapping[str, torch.Tensor], spec: Spec, rows: Rows) -> Quantized:
+    octets = tensors["weight"].squeeze(-1).view(torch.uint8)
+    return with_codes(octets[rows] if isinstance(rows, slice) else octets.index_select(0, rows), tensors, spec, rows)
+
+
+def _dense_rows(tensors: Mapping[str, torch.Tensor], spec: Spec, rows: Rows) -> Dense:
+    return Dense(tensors["weight"].reshape(spec["shape"])[rows])
+
+
+def _low_rank_rows(tensors: Mapping[str, torch.Tensor], spec: Spec, rows: Rows) -> LowRank:
+    rank = spec["rank"]
+    left, right = tensors["weight"].reshape(-1, rank), tensors["weight_right"].reshape(rank, -1)
+    return LowRank(left[rows], right)
+
+
+DECODERS: dict[str, Callable[[Mapping[str, torch.Tensor], Spec, Rows], Canonical]] = {
+    "int": _bitstream_rows,
+    "affine": _bitstream_rows,
+    "table": _bitstream_rows,
+    "fp8": _fp8_rows,
+    "dense": _dense_rows,
+    "low_rank": _low_rank_rows,
+}
 """By format: the canonical tensor of some rows alone. A format without one is unpacked whole."""
 
 
 def dequantize(canonical: Canonical, dtype: torch.dtype) -> torch.Tensor:
     """`canonical.dequantize()` rounded to `dtype`, bit for bit, with fewer temporaries where that can be.
 
-    In the dtype of the scales the difference of two codes is exact and the product is rounded once, as it is
-    when a float32 product is rounded.
+    In the dtype of the scales the difference of two integer codes is exact and the product is rounded once, as it
+    is when a float32 product is rounded. What is not a difference of codes takes the product in float32.
     """
     if not isinstance(canonical, Quantized) or canonical.shape[1] % canonical.scheme.group_width(canonical.shape[1]):
         return canonical.dequantize().to(dtype)
     rows, columns = canonical.shape
     scheme, scale, zero = canonical.scheme, canonical.scale, canonical.zero_point
-    compute = dtype if dtype == scale.dtype else torch.float32
-    weight = canonical.codes.reshape(rows, -1, scheme.group_width(columns)).to(compute)
-    weight.sub_(scheme.midpoint if zero is None else zero.to(compute).unsqueeze(2))
+    codes = canonical.codes.reshape(rows, -1, scheme.group_width(columns))
+    integer = scheme.table is None and scheme.zero_point == "integer"
+    compute = dtype if integer and dtype == scale.dtype else torch.float32
+    if scheme.table is not None:
+        weight = scheme.table.decode(codes)
+    else:
+        weight = codes.to(compute).sub_(scheme.midpoint if zero is None else zero.to(compute).unsqueeze(2))
     weight.mul_(scale.to(compute).unsqueeze(2))
     return weight.reshape(rows, columns).to(dtype)
 
@@ -87,4 +115,4 @@ def dequantize_rows(
     decode = DECODERS.get(spec["format"])
     if decode is not None:
         return dequantize(decode(tensors, spec, slice(start, stop)), dtype)
-    return FORMATS.get(spec["format"]).unpack(tensors, spec).dequantize()[start:stop].to(dtype)
+    return unpack(tensors, spec).dequantize()[start:stop].to(dtype)

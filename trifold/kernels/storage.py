@@ -16,8 +16,8 @@ from torch import nn
 
 from trifold.core.canonical import Canonical
 from trifold.core.errors import CheckpointError
-from trifold.formats.base import FORMATS, Spec
-from trifold.kernels.op import Op, Tensors
+from trifold.formats.base import Spec, layout, unpack
+from trifold.kernels.op import Runtime, Tensors
 
 _SWITCH = threading.RLock()
 
@@ -26,23 +26,37 @@ class PackedModule(nn.Module):
     """Base of the modules that run on packed weights.
 
     The portable tensors are buffers, empty until loaded. Casting a module never changes their dtypes: codes
-    are bits, and scales were rounded before the codes were chosen.
+    are bits, and scales were rounded before the codes were chosen. The parts of a nested weight are modules of
+    their own, in `parts`.
     """
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
-        self._layout = FORMATS.get(spec["format"]).layout(spec)
+        self._layout = {name: entry for name, entry in layout(spec).items() if "." not in name}
         self._runtime: Tensors = {}
-        self._holder: Op | None = None
+        self._holder: Runtime | None = None
         for name, (shape, dtype) in self._layout.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
+        if spec.get("parts"):
+            self.parts = nn.ModuleList(self._part(part) for part in spec["parts"])
+
+    def _part(self, spec: Spec) -> PackedModule:
+        """A module for a part of a nested weight."""
+        return PackedModule(spec)
 
     def portable(self) -> Tensors:
-        """The tensors as on disk, by name relative to the module. A runtime layout is given up for them.
+        """The tensors as on disk, by name relative to the module. Runtime layouts are given up for them.
 
         Raises CheckpointError if one of them has not the shape and dtype that the spec says.
         """
+        tensors = self._own()
+        for number, part in enumerate(getattr(self, "parts", ())):
+            tensors.update({f"parts.{number}.{name}": tensor for name, tensor in part.portable().items()})
+        return tensors
+
+    def _own(self) -> Tensors:
+        """The same, without those of parts."""
         self._restore()
         tensors = {name: self.get_buffer(name) for name in self._layout}
         for name, (shape, dtype) in self._layout.items():
@@ -54,21 +68,21 @@ class PackedModule(nn.Module):
         return tensors
 
     def canonical(self) -> Canonical:
-        """The weight as its method decided it."""
-        return FORMATS.get(self.spec["format"]).unpack(self.portable(), self.spec)
+        """The weight as its method decided it, with what is done to its input."""
+        return unpack(self.portable(), self.spec)
 
     def dequantize(self) -> torch.Tensor:
         """The weight, (out, in) float32."""
         return self.canonical().dequantize()
 
-    def _tensors_for(self, op: Op) -> Tensors:
-        """What `op` runs on."""
+    def _tensors_for(self, op: Runtime) -> Tensors:
+        """What `op` runs on, of the module's own tensors."""
         if self._holder is op:
             return self._runtime
         with _SWITCH:
             if self._holder is op:
                 return self._runtime
-            tensors = self.portable()
+            tensors = self._own()
             if op.replaces:
                 with torch.inference_mode(False), torch.no_grad():
                     tensors = op.prepare(tensors, self.spec)
@@ -132,4 +146,4 @@ class PackedModule(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.spec.items())
+        return ", ".join(f"{name}={value}" for name, value in self.spec.items() if name != "parts")

@@ -9,7 +9,7 @@ from torch import nn
 
 from trifold.core.canonical import Canonical
 from trifold.kernels.dispatch import resolve
-from trifold.kernels.op import Op, Tensors
+from trifold.kernels.op import Op, Runtime, Tensors
 from trifold.kernels.packed_embedding import PackedEmbedding
 from trifold.kernels.packed_linear import PackedLinear
 
@@ -39,7 +39,7 @@ class TiedLinear(PackedLinear):
             self._ops[key] = resolve(self.spec, x.dtype, x.device, in_place=True)
         return self._ops[key]
 
-    def _tensors_for(self, op: Op) -> Tensors:
+    def _tensors_for(self, op: Runtime) -> Tensors:
         return self.__dict__["_table"].portable()
 
     def __setattr__(self, name: str, value: Any) -> None:

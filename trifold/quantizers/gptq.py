@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from trifold.core.canonical import Quantized
-from trifold.core.columns import IntegerGrid
+from trifold.core.columns import NearestCode
 from trifold.core.errors import RecipeError
 from trifold.core.method import METHODS, Bounds, LayerMethod, LayerProblem, LayerSolution
 from trifold.core.obs import Damping, damped, inverse_cholesky, sweep
@@ -122,7 +122,7 @@ class GPTQ(LayerMethod):
     ) -> torch.Tensor:
         """The paper's loop: codes (out, in) as floats."""
         group = (order // scheme.group_width(weight.shape[1])).tolist()
-        grid = IntegerGrid(scale.T, zero.T, group, scheme)
+        grid = NearestCode(scale.T, zero.T, group, scheme)
         sweep(weight[:, order], upper, grid, self.block_size)
         codes = torch.empty_like(weight)
         codes[:, order] = grid.codes.T

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from trifold.compress.block import Compressed
-from trifold.core.errors import CheckpointError
+from trifold.core.errors import CheckpointError, InputError
 from trifold.core.linears import is_embedding, is_linear, is_transposed
-from trifold.formats import FORMATS, Spec
+from trifold.formats import Spec
 from trifold.kernels import PackedEmbedding, PackedLinear, PackedModule, TiedLinear, unstack
 
 
@@ -49,11 +49,6 @@ def _packed(name: str, dense: nn.Module, spec: Spec) -> PackedModule:
         raise CheckpointError(
             f"config.json: the entry of {name} names no format or no shape; copy the checkpoint again"
         )
-    if spec["format"] not in FORMATS:
-        raise CheckpointError(
-            f"config.json: {name} is stored as {spec['format']!r}, which this Trifold does not read; "
-            "pip install --upgrade trifold"
-        )
     weight, bias = dense.get_parameter("weight"), getattr(dense, "bias", None)
     shape = list(reversed(weight.shape)) if is_transposed(dense) else list(weight.shape)
     if shape != list(spec["shape"]):
@@ -65,7 +60,9 @@ def _packed(name: str, dense: nn.Module, spec: Spec) -> PackedModule:
                 packed = PackedEmbedding(spec, weight.dtype)
             else:
                 packed = PackedLinear(spec, bias is not None, weight.dtype if bias is None else bias.dtype)
-    except (KeyError, TypeError) as error:
+    except InputError as error:
+        raise CheckpointError(f"config.json: {name}: {error}") from error
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(f"config.json: the entry of {name} is damaged ({error!r}); copy it again") from error
     return packed.train(dense.training)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -85,5 +86,6 @@ def _check_tensors(model: Any, files: Sequence[str]) -> None:
                 if shape != tuple(buffer.shape):
                     state = "missing" if shape is None else f"of shape {shape}, not {tuple(buffer.shape)}"
                     raise CheckpointError(f"{name}.{leaf} is {state}; copy the checkpoint again")
-                if not buffer.is_floating_point() and not dtype.startswith(("I", "U")):
+                held = "F8_E4M3" if buffer.dtype == torch.float8_e4m3fn else ("I", "U")
+                if (not buffer.is_floating_point() or buffer.itemsize == 1) and not dtype.startswith(held):
                     raise CheckpointError(f"{name}.{leaf} holds codes, but as {dtype}; copy the checkpoint again")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from trifold.formats.base import FORMATS, Spec
+from trifold.formats.base import Spec, unpack
 from trifold.kernels.op import Op, Tensors
 
 
@@ -20,4 +20,4 @@ class Naive(Op):
     name = "weight_only.naive"
 
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
-        return weight_only(x, FORMATS.get(spec["format"]).unpack(tensors, spec).dequantize(), bias)
+        return weight_only(x, unpack(tensors, spec).dequantize(), bias)

@@ -12,7 +12,7 @@ import torch
 from trifold.core.scheme import Scheme
 from trifold.formats.base import Spec
 from trifold.formats.bitstream import pack_bits, unpack_bits
-from trifold.formats.int import scheme_of
+from trifold.formats.quantized import scheme_of
 from trifold.kernels.op import Tensors
 from trifold.kernels.rows import dequantize, with_codes, zero_points
 from trifold.kernels.weight_only.blockwise import Blockwise
@@ -34,7 +34,7 @@ def _shift(scheme: Scheme) -> int:
 
 
 class TorchInt4(Blockwise):
-    """2 to 4 bits, bfloat16 activations, CPUs with AVX2 or AVX-512; the codes take 4 bits each."""
+    """Integers of 2 to 4 bits, bfloat16 activations, CPUs with AVX2 or AVX-512; the codes take 4 bits each."""
 
     name = "weight_only.torch_int4"
     replaces = True

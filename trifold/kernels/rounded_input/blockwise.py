@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from trifold.core.scheme import fake_quantize_per_token
 from trifold.formats.base import Spec
-from trifold.kernels.int8_dynamic.naive import input_scheme_of
 from trifold.kernels.op import Tensors
+from trifold.kernels.rounded_input.naive import rounded
 from trifold.kernels.weight_only import blockwise
 
 
 class Blockwise(blockwise.Blockwise):
-    """Activations of 2 to 8 bits; rounded values are in x's dtype."""
+    """Any input scheme; rounded values are in x's dtype."""
 
-    name = "int8_dynamic.blockwise"
+    name = "rounded_input.blockwise"
 
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
-        return super().run(fake_quantize_per_token(x, input_scheme_of(spec)), tensors, spec, bias)
+        return super().run(rounded(x, tensors, spec), tensors, spec, bias)

@@ -6,11 +6,11 @@ from functools import lru_cache
 
 import torch
 
-from trifold.core.scheme import quantize_per_token
+from trifold.core.inputs import quantize_input
 from trifold.formats.base import Spec
-from trifold.formats.int import scheme_of
-from trifold.kernels.int8_dynamic.naive import input_scheme_of
+from trifold.formats.quantized import scheme_of
 from trifold.kernels.op import Op, Tensors
+from trifold.kernels.rounded_input.naive import input_scheme_of
 from trifold.kernels.rows import dequantize, with_codes, zero_points
 
 SIGN = -128  # flips the top bit of a byte: unsigned code <-> code - 128
@@ -40,7 +40,7 @@ def integer_product(x: torch.Tensor, codes: torch.Tensor, offset: torch.Tensor |
 class TorchInt8(Op):
     """8-bit weights with one scale per row or tensor; 8-bit activations; CPUs."""
 
-    name = "int8_dynamic.torch_int8"
+    name = "rounded_input.torch_int8"
     replaces = True
 
     def supports(self, spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -74,7 +74,7 @@ class TorchInt8(Op):
         return dequantize(with_codes(codes, tensors, spec, slice(start, stop)), dtype)
 
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
-        codes, scale = quantize_per_token(x, input_scheme_of(spec))
+        codes, scale = quantize_input(x, input_scheme_of(spec), tensors.get("input_scale"))
         y = integer_product(codes, tensors["codes"], tensors.get("offset")).float()
         y.mul_(scale).mul_(tensors["weight_scale"].float().t())
         return (y if bias is None else y.add_(bias)).to(x.dtype)

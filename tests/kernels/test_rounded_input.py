@@ -2,11 +2,11 @@ import pytest
 import torch
 from packed_samples import GROUPS, WIDTHS, activations, excess, layer, needs_int8, quantized
 
-from trifold.core.scheme import InputScheme, quantize_per_token
+from trifold.core.inputs import InputScheme, quantize_input
 from trifold.formats import digest
-from trifold.kernels.int8_dynamic.blockwise import Blockwise
-from trifold.kernels.int8_dynamic.naive import Naive
-from trifold.kernels.int8_dynamic.torch_int8 import TorchInt8, integer_product
+from trifold.kernels.rounded_input.blockwise import Blockwise
+from trifold.kernels.rounded_input.naive import Naive
+from trifold.kernels.rounded_input.torch_int8 import TorchInt8, integer_product
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,7 +18,7 @@ def run(op, module, x):
 
 
 def rounded(x, bits=8):
-    codes, scale = quantize_per_token(x, InputScheme(bits))
+    codes, scale = quantize_input(x, InputScheme(bits))
     return codes.double() * scale.double()
 
 
@@ -31,7 +31,7 @@ def test_integer_part_is_exact(tokens, in_features, out_features):
         weight = quantized(out_features, in_features, 8, "channel", symmetric)
         module = layer(weight, input_bits=8)
         runtime = TorchInt8().prepare(module.portable(), module.spec)
-        codes, _ = quantize_per_token(activations(tokens, in_features), InputScheme(8))
+        codes, _ = quantize_input(activations(tokens, in_features), InputScheme(8))
         zero = torch.full((out_features, 1), 128) if symmetric else weight.zero_point.long()
         product = integer_product(codes, runtime["codes"], runtime.get("offset"))
         assert product.dtype == torch.int32

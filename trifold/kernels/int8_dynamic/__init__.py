@@ -1,1 +1,0 @@
-"""Products with activations quantised per token, at run time."""
