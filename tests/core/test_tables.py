@@ -183,4 +183,6 @@ def test_devices_and_shapes_do_not_matter():
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         assert table.snap(x).shape == table.encode(table.snap(x)).shape == shape
         assert torch.equal(table.decode(table.encode(table.snap(x))), table.snap(x))
-        assert torch.equal(table.snap(x.mT if x.dim() > 1 else x), table.snap(x.contiguous()).mT if x.dim() > 1 else table.snap(x))
+        assert torch.equal(
+            table.snap(x.mT if x.dim() > 1 else x), table.snap(x.contiguous()).mT if x.dim() > 1 else table.snap(x)
+        )
