@@ -76,7 +76,7 @@ def test_embeddings_and_heads(tmp_path, tiny, kind):
 def test_eight_bit_floats_do_not_pass_for_dense_weights(tmp_path, tiny):
     """Without Trifold, a loader that knows the dtype must still stop: it would forget the scales."""
     compress(tiny(), KINDS["fp8"][0], tmp_path / "out")
-    code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1]); print('loaded')"
+    code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1]); print('loaded')"
     process = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "out")],
         capture_output=True,
@@ -124,6 +124,8 @@ def test_an_override_can_change_the_grid(tmp_path, tiny):
     formats = {name.rsplit(".", 1)[1]: spec["format"] for name, spec in config["modules"].items()}
     assert formats == {
         **dict.fromkeys(("q_proj", "k_proj", "gate_proj", "up_proj"), "int"),
-        **{"down_proj": "fp8", "o_proj": "table", "v_proj": "affine"},
+        "down_proj": "fp8",
+        "o_proj": "table",
+        "v_proj": "affine",
     }
     assert len(report["layers"]) == 21

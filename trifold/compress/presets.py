@@ -1,4 +1,7 @@
-"""Preset names: `wN[aN][-method]`, such as `w4a16-gptq`. N is the number of bits; 16 means left as it is."""
+"""Preset names: `wN[aN][-grid][-method]`, such as `w4a16-gptq` or `w4a16-nf4-gptq`.
+
+N is the number of bits; 16 means left as it is. Without a grid: integers in groups of 128 with zero-points.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,17 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "awq": [{"method": "awq"}, {"method": "rtn"}],
     "awq-gptq": [_SCALES, {"method": "gptq"}],
     "awq-gptaq": [_SCALES, {"method": "gptaq"}],
+    "hqq": [{"method": "hqq", "scheme": {"group_size": 64, "zero_point": "real"}}],
 }
 """Method part of a preset -> steps; the scheme goes to the last one."""
+
+GRIDS: dict[str, dict[str, Any]] = {
+    "channel": {"group_size": "channel", "symmetric": True},
+    "fp8": {"grid": "fp8_e4m3", "group_size": "channel"},
+    "nf4": {"grid": "nf4", "group_size": 64},
+    "fp4": {"grid": "fp4_e2m1", "group_size": 32},
+}
+"""Grid part of a preset -> scheme. Without a method it is rounded to nearest."""
 
 _WEIGHT_ONLY: dict[str, Any] = {"scheme": {"group_size": 128}}
 _WITH_INPUT: dict[str, Any] = {"scheme": {"group_size": "channel", "symmetric": True}, "options": {"ranges": "minmax"}}
@@ -37,20 +49,31 @@ def preset(name: str) -> dict[str, Any]:
         missing = match["folds"].removeprefix("-")
         raise RecipeError(f"{name}: this version has no sparsity, low rank or KV-cache folds ({missing}); leave it out")
     bits, inputs = int(match["weight"]), int(match["input"] or 16)
-    method = match["method"] or ("rtn" if bits >= 8 else "gptq")
+    grid, method = _parts(match["method"] or "", "rtn" if bits >= 8 else "gptq")
     if method not in STEPS:
         raise RecipeError(unknown_name("recipe", name, preset_names()))
     if inputs != 16 and inputs != 8:
         raise RecipeError(f"{name}: activations of {inputs} bits have no preset; a16 and a8 do")
+    if grid and inputs != 16:
+        raise RecipeError(f"{name}: rounded activations have no preset with {grid}; write w{bits}a16-{grid}")
     steps = [dict(step) for step in STEPS[method]]
     base = _WEIGHT_ONLY if inputs == 16 else _WITH_INPUT
-    steps[-1]["scheme"] = {"bits": bits, **base["scheme"]}
+    scheme = GRIDS[grid] if grid else {**base["scheme"], **(steps[-1].get("scheme", {}) if inputs == 16 else {})}
+    steps[-1]["scheme"] = {"bits": bits, **scheme}
     if inputs != 16:
-        steps[-1] |= {"input": {"bits": inputs}, "options": base["options"]}
+        steps[-1] |= {"input": {"bits": inputs}, "options": {} if method == "hqq" else base["options"]}
     return {"name": name, "steps": steps}
+
+
+def _parts(text: str, usual: str) -> tuple[str, str]:
+    """Grid, which may be empty, and method of what follows the bits."""
+    first, _, rest = text.partition("-")
+    return (first, rest or "rtn") if first in GRIDS else ("", text or usual)
 
 
 def preset_names() -> list[str]:
     """The names that `trifold recipes` lists."""
     names = [f"w{bits}a16-{method}" for bits in (4, 3, 2) for method in STEPS]
-    return [*names, "w8a16", "w8a16-gptq", "w8a8", "w8a8-gptq"]
+    grids = ["w8a16-channel", "w8a16-fp8", *(f"w4a16-{grid}" for grid in ("channel", "nf4", "fp4"))]
+    with_gptq = [f"{name}-gptq" for name in grids if name != "w8a16-channel"]
+    return [*names, "w8a16", "w8a16-gptq", *grids, *with_gptq, "w8a8", "w8a8-gptq"]
