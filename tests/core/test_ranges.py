@@ -210,7 +210,7 @@ def test_per_channel_integers_of_glm_130b_by_hand():
 def test_real_zero_points_reach_both_ends(bits, group):
     """Unlike integer ones they cover [low, high] exactly, up to their own rounding."""
     w = torch.randn(7, 43, generator=torch.Generator().manual_seed(bits))
-    codes, scale, zero, back = quantize(w, Scheme(bits, group, False, "float32", zero_point="real"))
+    codes, scale, _, back = quantize(w, Scheme(bits, group, False, "float32", zero_point="real"))
     step = expand_groups(scale, (7, 43), 16 if group == 16 else 43)
     assert ((back - w).abs() <= step * 0.5 * (1 + 1e-4)).all()
     assert codes.min() == 0 and codes.max() == 2**bits - 1
