@@ -139,12 +139,7 @@ class BlockRunner:
 
         def see(name: str, x: torch.Tensor) -> None:
             seen[name].append(x.reshape(-1, x.shape[-1]))
-            if (
-                len(names) == 1
-                and name in ends
-                and self._held < self._budget
-                and (not __import__("os").environ.get("SLIM") or x.shape[-1] <= self.hidden[0].shape[-1])
-            ):
+            if len(names) == 1 and name in ends and self._held < self._budget and (not __import__('os').environ.get('SLIM') or x.shape[-1] <= self.hidden[0].shape[-1]):
                 self._inputs[batch].keep(name, x)
             if all(seen.values()) and not self._plainly:
                 raise Enough

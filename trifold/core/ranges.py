@@ -1,7 +1,7 @@
 """From weights to scales, zero-points and codes: the ranges that every quantiser shares.
 
-Ranges always include zero, so that zero is representable and the zero-point is a code. Scales (and real
-zero-points) are rounded to the dtype they are stored in *before* codes are chosen, so a stored checkpoint
+Ranges always include zero, so that an integer zero-point is a code, which stands for zero exactly. Scales (and
+real zero-points) are rounded to the dtype they are stored in *before* codes are chosen, so a stored checkpoint
 dequantises to exactly the weights that calibration saw.
 
 Of a table of values, solvers work on the values themselves, as if they were codes with the zero-point 0;
