@@ -67,8 +67,10 @@ class SmoothQuant(BlockMethod):
                 continue
             problem = _Problem(fold, context, weights)
             norm = parameters.get(f"{fold.producer}.weight")
-            tried = [(alpha, foldable(fold, rows, scale, norm)) for alpha, scale in self._candidates(problem)]
-            losses = [problem.loss(scale) for _, scale in tried] if len(tried) > 1 else [0.0]
+            dtype = weights[fold.consumers[0]].dtype
+            candidates = ((alpha, scale.to(dtype)) for alpha, scale in self._candidates(problem))
+            tried = [(alpha, foldable(fold, rows, scale, norm)) for alpha, scale in candidates]
+            losses = [problem.loss(scale.float()) for _, scale in tried] if len(tried) > 1 else [0.0]
             alpha, scale = tried[losses.index(min(losses))]
             if alpha is not None:
                 for known, changed in zip(
@@ -103,7 +105,7 @@ class _Problem:
         statistics = context.statistics[context.inputs[fold.consumers[0]]]
         assert statistics.absmax is not None and statistics.sample is not None
         self.absmax, self.sample = statistics.absmax, statistics.sample
-        self.weights = [weights[name] for name in fold.consumers]
+        self.weights = [weights[name].float() for name in fold.consumers]
         self.weight_max = torch.stack([weight.abs().amax(0) for weight in self.weights]).amax(0)
         self.schemes: list[Scheme] = [context.schemes[name] for name in fold.consumers]
         self.inputs: list[InputScheme | None] = [context.roundings.get(name) for name in fold.consumers]
