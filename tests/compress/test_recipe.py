@@ -105,8 +105,28 @@ def test_listed_presets_are_recipes(name):
     assert last.scheme.bits == bits
     assert (last.input is not None) is ("a8" in name)
     group = next((group for part, group in GROUPS.items() if part in name), 128)
-    assert last.scheme.group_size == group
-    assert recipe.data_free is all(not METHODS.get(step.method).needs for step in recipe.steps)
+    assert last.scheme.group_size == ("channel" if "a8" in name else group)
+    needs = any(METHODS.get(step.method).needs for step in recipe.steps) or "static" in name
+    assert recipe.data_free is not needs
+
+
+def test_presets_of_rounded_activations():
+    def last(name):
+        step = Recipe.load(name).steps[-1]
+        return step.method, step.scheme.build(), step.input.build()
+
+    channel = Scheme(8, "channel", True)
+    assert last("w8a8") == last("w8a8-rtn") == ("rtn", channel, InputScheme(8))
+    assert last("w8a8-static") == ("rtn", channel, InputScheme(8, static=True))
+    assert last("w8a8-gptq-static") == ("gptq", channel, InputScheme(8, static=True))
+    assert last("w4a8-llmint8") == ("llm_int8", Scheme(4, "channel", True), InputScheme(8))
+    fp8 = Scheme(8, "channel", True, grid="fp8_e4m3")
+    assert last("w8a8-fp8") == ("rtn", fp8, InputScheme(grid="fp8_e4m3"))
+    assert last("w8a8-fp8-static")[2] == InputScheme(grid="fp8_e4m3", static=True)
+    assert [step.method for step in Recipe.load("w8a8-smoothquant-gptq").steps] == ["smoothquant", "gptq"]
+    for name, word in (("w4a16-smoothquant", "smoothquant"), ("w4a16-static", "static"), ("w8-llmint8", "llmint8")):
+        with pytest.raises(RecipeError, match=f"{word} is about activations, which a16 leaves"):
+            Recipe.load(name)
 
 
 @pytest.mark.parametrize(("name", "bits"), [("w5", 5), ("w6a16", 6), ("w1a16-rtn", 1), ("w7a8-awq-gptq", 7)])
@@ -177,6 +197,18 @@ def test_set_changes_one_step(full):
     assert [step.scheme and step.scheme.bits for step in changed.steps] == [None, 3, 2]
     assert changed.steps[1].options["damping"] == 0.001
     assert changed.steps[0].options["clip"] is False
+
+
+def test_set_reaches_the_inputs(full):
+    changed = full.updated(["input.bits=6", "rtn.input.static=true"])
+    assert changed.steps[2].input.build() == InputScheme(6, static=True)
+    assert [step.scheme and step.scheme.bits for step in changed.steps] == [None, 3, 4]
+    assert Recipe.load("w8a8").updated(["input.grid=fp8_e4m3"]).steps[0].input.build() == InputScheme(grid="fp8_e4m3")
+    with pytest.raises(RecipeError, match=r"input bits=4: fp8_e4m3 has 8"):
+        Recipe.load("w8a8-fp8").updated(["input.bits=4"])
+    for setting in ("main.input.bits=8", "input.bitz=8", "static=true"):
+        with pytest.raises(RecipeError, match="unknown setting"):
+            full.updated([setting])
 
 
 def test_set_changes_the_recipe(full):

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from trifold.core.canonical import Dense, Quantized
+from trifold.core.canonical import Dense, Quantized, Sparse
 from trifold.core.errors import InputError, RecipeError
 from trifold.core.scheme import SCALE_DTYPES, Scheme
 from trifold.formats import FORMATS, bits_per_weight, digest, format_for, stored_bytes
@@ -108,8 +108,8 @@ def test_one_input_cannot_be_packed():
 
 def test_formats_by_what_they_hold():
     assert format_for(random_weight((7, 43), 4, 16, True)) == "int"
-    with pytest.raises(TypeError, match="no format stores a Dense"):
-        format_for(Dense(torch.zeros(2, 2)))
+    with pytest.raises(TypeError, match="no format stores a Sparse"):
+        format_for(Sparse(Dense(torch.zeros(2, 2)), torch.ones(2, 2, dtype=torch.bool)))
     with pytest.raises(RecipeError, match="unknown format 'itn'; did you mean int"):
         FORMATS.get("itn")
 

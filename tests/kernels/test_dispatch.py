@@ -46,10 +46,11 @@ def test_choices_and_reasons():
     choice = explain(INT4, torch.float32, "cpu")
     assert choice.op == "weight_only.blockwise"
     reason = "takes torch.bfloat16 activations, not torch.float32"
-    assert choice.rejected == {"weight_only.torch_int4": reason, "weight_only.torch_int8": reason}
+    assert choice.rejected["weight_only.torch_int4"] == choice.rejected["weight_only.torch_int8"] == reason
+    assert choice.rejected["weight_only.dense"] == "takes format dense, not int"
     choice = explain(INT4, torch.bfloat16, "cuda")
     assert choice.op == "weight_only.blockwise"
-    assert set(choice.rejected.values()) == {"runs on cpu, not cuda"}
+    assert choice.rejected["weight_only.torch_int4"] == "runs on cpu, not cuda"
     choice = explain({**INT4, "bits": 5}, torch.bfloat16, "cpu")
     assert choice.rejected["weight_only.torch_int4"] == "bits=5 is outside 2..4"
     assert choice.rejected["weight_only.torch_int8"] == "bits=5 with symmetric=False are not 8 and true"

@@ -2,11 +2,17 @@ import pytest
 import torch
 from packed_samples import GROUPS, WIDTHS, activations, excess, layer, needs_int8, quantized
 
+from trifold.core.canonical import with_rounded_input
 from trifold.core.inputs import InputScheme, quantize_input
-from trifold.formats import digest
+from trifold.core.ranges import fit_ranges
+from trifold.core.scheme import Scheme
+from trifold.formats import describe, digest, pack
+from trifold.kernels import PackedLinear, explain
 from trifold.kernels.rounded_input.blockwise import Blockwise
 from trifold.kernels.rounded_input.naive import Naive
+from trifold.kernels.rounded_input.torch_fp8 import TorchFP8
 from trifold.kernels.rounded_input.torch_int8 import TorchInt8, integer_product
+from trifold.quantizers.rtn import round_to_nearest
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,3 +114,67 @@ def test_refuses_sums_that_could_overflow():
     spec = {"format": "int", "shape": [1, 2**17], "bits": 8, "group_size": "channel", "symmetric": True}
     spec |= {"scale_dtype": "bfloat16", "input": {"bits": 8}}
     assert "overflow" in TorchInt8().supports(spec, torch.float32, CPU)
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_static_scale_is_used_by_every_op(dtype):
+    scheme = InputScheme(8, static=True)
+    for symmetric in (True, False):
+        weight = quantized(7, 172, 8, "channel", symmetric)
+        module = layer(weight, bias=True, input_bits=8)
+        spec = {**module.spec, "input": scheme.to_dict()}
+        for scale in (0.01, 0.05):
+            static = torch.tensor([scale])
+            tensors = {**module.portable(), "input_scale": static}
+            x = activations(17, 172, dtype)
+            codes, per_token = quantize_input(x, scheme, static)
+            exact = codes.double() * per_token.double()
+            assert (exact.abs() <= 127 * float(static)).all()
+            for op, roundings in ((TorchInt8(), 1), (Naive(), 1), (Blockwise(), 2)):
+                assert op.supports(spec, dtype, CPU) is None
+                y = op.run(x, op.prepare(tensors, spec), spec, module.bias.to(dtype))
+                assert excess(y, exact, weight.dequantize(), module.bias, roundings) <= 1
+        assert digest(TorchInt8().restore(TorchInt8().prepare(tensors, spec), spec)) == digest(tensors)
+
+
+def fp8_layer(rows, columns, group="channel", static=False):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns))
+    scheme = Scheme(8, group, grid="fp8_e4m3")
+    held = round_to_nearest(weight, fit_ranges(weight, scheme), scheme)
+    rounding = InputScheme(grid="fp8_e4m3", static=static)
+    whole = with_rounded_input(held, rounding, torch.full((columns,), 3.0))
+    module = PackedLinear(describe(whole), True, torch.float32)
+    module.load_state_dict(pack(whole) | {"bias": torch.linspace(-1, 1, rows)})
+    return module, held, rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("static", [False, True])
+def test_fp8_products_agree_with_the_simulation(dtype, static):
+    op = TorchFP8()
+    for rows, columns in ((1, 2), (7, 43), (97, 172)):
+        module, held, rounding = fp8_layer(rows, columns, static=static)
+        if op.supports(module.spec, dtype, CPU) is not None:
+            pytest.skip("no FP8 product for this processor")
+        for tokens in (1, 3, 17):
+            x = activations(tokens, columns, dtype)
+            codes, scale = quantize_input(x, rounding, module.portable().get("input_scale"))
+            exact = codes.double() * scale.double()
+            for runs, roundings in ((op, 1), (Naive(), 1), (Blockwise(), 2)):
+                y = run(runs, module, x)
+                assert y.dtype == dtype
+                assert excess(y, exact, held.dequantize(), module.bias, roundings) <= 1
+
+
+def test_dispatch_of_fp8_and_its_reasons():
+    module, _, _ = fp8_layer(16, 32)
+    choice = explain(module.spec, torch.float32, "cpu")
+    assert choice.op in ("rounded_input.torch_fp8", "rounded_input.blockwise")
+    op = TorchFP8()
+    assert "group_size=16" in op.supports(fp8_layer(16, 32, 16)[0].spec, torch.float32, CPU)
+    cuda = torch.device("cuda")
+    assert "gives torch.bfloat16 on cuda" in op.supports(module.spec, torch.float16, cuda)
+    assert "multiples of 16" in op.supports(fp8_layer(16, 43)[0].spec, torch.bfloat16, cuda)
+    assert "not mps" in op.supports(module.spec, torch.bfloat16, torch.device("mps"))
+    assert not torch.equal(module(torch.ones(1, 32)), fp8_layer(16, 32, static=True)[0](torch.full((1, 32), 9.0)))

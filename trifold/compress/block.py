@@ -18,13 +18,11 @@ from trifold.compress.experts import ExpertTokens
 from trifold.compress.memory import free_bytes
 from trifold.compress.plan import LayerPlan, Plan
 from trifold.compress.runner import BlockRunner
-from trifold.core.canonical import Canonical, RoundedInput, with_rounded_input
+from trifold.core.canonical import Canonical, with_rounded_input
 from trifold.core.errors import CheckpointError
-from trifold.core.inputs import round_input
 from trifold.core.linears import set_weight, weight_of
 from trifold.core.method import BlockContext, Bounds, LayerProblem, LayerSolution, Rewrite, Statistics
 from trifold.core.obs import NotFiniteError, relative_error
-from trifold.core.observe import first_tensor
 from trifold.core.product import product
 from trifold.core.scheme import Scheme
 from trifold.core.statistics import AbsMax, Drift, Gram, Sample, Statistic
@@ -301,7 +299,8 @@ class BlockCompressor:
         set_weight(module, weight)
         if plan.input is not None:
             canonical = with_rounded_input(canonical, plan.input, seen.absmax)
-            self._round_input(module, canonical)
+            if rounds_input(describe(canonical)):
+                self._round_input(module, canonical)
         self.done.add(self.prefix + name, canonical)
         metric = seen.gram if seen.gram is not None else torch.eye(weight.shape[1], device=weight.device)
         entry = {
@@ -317,18 +316,16 @@ class BlockCompressor:
         self.layer_done(self.prefix + name, entry)
 
     def _round_input(self, module: nn.Module, canonical: Canonical) -> None:
-        """Let a solved linear do to its input what the packed one will: all of it alike, or each part its own."""
-        if isinstance(canonical, RoundedInput):
-            rounded = canonical
+        """Let a solved linear do to its input what the packed one will, with products in float32: a last bit less
+        would send many activations behind it to another code."""
+        multiply, bias = product(canonical, torch.float32), getattr(module, "bias", None)
 
-            def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-                return (round_input(first_tensor(args, kwargs), rounded.scheme, rounded.scale),), {}
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            y = multiply(x.float())
+            return (y if bias is None else y + bias.float()).to(x.dtype)
 
-            self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        elif rounds_input(describe(canonical)):
-            multiply, bias = product(canonical, module.get_parameter("weight").dtype), getattr(module, "bias", None)
-            module.forward = lambda x: multiply(x) if bias is None else multiply(x) + bias
-            self._undo.append(partial(vars(module).pop, "forward", None))
+        module.forward = forward
+        self._undo.append(partial(vars(module).pop, "forward", None))
 
 
 def dense_tensors(

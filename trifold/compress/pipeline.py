@@ -71,7 +71,7 @@ def prepare(
     if plan.rewrites and not topology.folds:
         report.notice(
             f"{config.model_type}: no folds are known for this family, so "
-            f"{', '.join(step for step, _, _ in plan.rewrites)} only searches ranges"
+            f"{', '.join(step for step, _, _ in plan.rewrites)} cannot scale anything there"
         )
     source.check_finite()
     size = options.batch_size or default_batch_size(windows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -83,11 +83,7 @@ def label(spec: Spec) -> str:
 
 
 def layout(spec: Spec) -> Layout:
-    """Every stored tensor of a weight so described. Raises CheckpointError if no weight can be so."""
-    if spec["format"] not in FORMATS:
-        raise CheckpointError(
-            f"stored as {spec['format']!r}, which this Trifold does not read; pip install --upgrade trifold"
-        )
+    """Every stored tensor of a weight so described. Raises InputError if no weight can be so."""
     found = FORMATS.get(spec["format"]).layout(spec)
     if spec.get("input") and "parts" in spec:
         raise CheckpointError(f"a {spec['format']} has an `input`, which belongs to its parts")
@@ -109,9 +105,17 @@ def unpack(tensors: Mapping[str, torch.Tensor], spec: Spec) -> Canonical:
     return RoundedInput(weight, InputScheme(**spec["input"]), tensors.get(INPUT_SCALE)) if spec.get("input") else weight
 
 
+def leaves(spec: Spec) -> Iterator[Spec]:
+    """The spec itself, or those of its parts that have no parts."""
+    if "parts" not in spec:
+        yield spec
+    for part in spec.get("parts", ()):
+        yield from leaves(part)
+
+
 def rounds_input(spec: Spec) -> bool:
     """Whether activations are rounded anywhere in it."""
-    return bool(spec.get("input")) or any(map(rounds_input, spec.get("parts", ())))
+    return any(leaf.get("input") for leaf in leaves(spec))
 
 
 def stored_bytes(spec: Spec) -> int:

@@ -58,6 +58,8 @@ class Choice:
 
 
 def _reason(row: Row, spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
+    if row.formats is not None and spec["format"] not in row.formats:
+        return f"takes format {' or '.join(row.formats)}, not {spec['format']}"
     if row.device not in (None, device.type):
         return f"runs on {row.device}, not {device.type}"
     if row.dtype not in (None, dtype):
@@ -73,7 +75,7 @@ def _choose(spec: Spec, dtype: torch.dtype, device: torch.device, in_place: bool
     rejected: dict[str, str] = {}
     kinds = ("rounded", spec["input"].get("grid", "int")) if spec.get("input") else ("as it is",)
     for row in TABLE:
-        if row.input not in kinds or (row.formats is not None and spec["format"] not in row.formats):
+        if row.input not in kinds:
             continue
         reason = _reason(row, spec, dtype, device)
         if reason is None and in_place and row.op.replaces:

@@ -7,8 +7,9 @@ activations lose in range, and rounding them in error, weights gain. A later ste
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -65,35 +66,39 @@ class SmoothQuant(BlockMethod):
             rows = rows_in_block(fold, context) if fold.kind == "norm" or self.folds == "all" else None
             if rows is None:
                 continue
-            problem = _Problem(fold, context, weights)
-            norm = parameters.get(f"{fold.producer}.weight")
-            tried = [(alpha, foldable(fold, rows, scale, norm)) for alpha, scale in self._candidates(problem)]
-            losses = [problem.loss(scale) for _, scale in tried] if len(tried) > 1 else [0.0]
-            alpha, scale = tried[losses.index(min(losses))]
-            if alpha is not None:
-                for known, changed in zip(
-                    (weights, parameters), divide_producer(fold, rows, scale, weights, parameters), strict=True
-                ):
-                    known.update(changed)
-                for name in fold.consumers:
-                    weights[name], divided[name] = weights[name] * scale, scale
-            found = {"alpha": alpha}
-            if len(losses) > 1:
-                found["loss_ratio"] = min(losses) / max(losses[0], 1e-30)
+            problem, norm = _Problem(fold, context, weights), parameters.get(f"{fold.producer}.weight")
+            scale, found = self._choose(problem, partial(foldable, fold, rows, norm=norm))
             events.update({name: {"smoothquant": found} for name in fold.consumers})
-        return Rewrite(
-            _changed(weights, context.weights), _changed(parameters, context.parameters), divided, {}, events
-        ), carry
+            if found["alpha"] is None:
+                continue
+            changed_weights, changed_parameters = divide_producer(fold, rows, scale, weights, parameters)
+            weights.update(changed_weights)
+            parameters.update(changed_parameters)
+            for name in fold.consumers:
+                weights[name], divided[name] = weights[name] * scale, scale
+        changed = _changed(weights, context.weights), _changed(parameters, context.parameters)
+        return Rewrite(*changed, divided, events=events), carry
+
+    def _choose(
+        self, problem: _Problem, possible: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The scale and what the report says of it. possible: the nearest scale that the producer can take over."""
+        tried = [(alpha, possible(scale)) for alpha, scale in self._candidates(problem)]
+        if len(tried) == 1:
+            return tried[0][1], {"alpha": tried[0][0]}
+        losses = [problem.loss(scale) for _, scale in tried]
+        alpha, scale = tried[losses.index(min(losses))]
+        return scale, {"alpha": alpha, "loss_ratio": min(losses) / max(losses[0], 1e-30)}
 
     def _candidates(self, problem: _Problem) -> Iterator[tuple[float | None, torch.Tensor]]:
         """None and ones stand for: leave it."""
-        if not isinstance(self.alpha, str):
-            yield self.alpha, smoothing(problem.absmax, problem.weight_max, self.alpha)
-            return
-        yield None, torch.ones_like(problem.absmax)
-        for step in range(self.grid + 1):
-            alpha = step / self.grid
-            yield alpha, smoothing(problem.absmax, problem.weight_max, alpha)
+        if isinstance(self.alpha, str):
+            yield None, torch.ones_like(problem.absmax, dtype=problem.dtype)
+            alphas = [step / self.grid for step in range(self.grid + 1)]
+        else:
+            alphas = [self.alpha]
+        for alpha in alphas:
+            yield alpha, smoothing(problem.absmax, problem.weight_max, alpha).to(problem.dtype)
 
 
 class _Problem:
@@ -103,7 +108,8 @@ class _Problem:
         statistics = context.statistics[context.inputs[fold.consumers[0]]]
         assert statistics.absmax is not None and statistics.sample is not None
         self.absmax, self.sample = statistics.absmax, statistics.sample
-        self.weights = [weights[name] for name in fold.consumers]
+        self.dtype = weights[fold.consumers[0]].dtype
+        self.weights = [weights[name].float() for name in fold.consumers]
         self.weight_max = torch.stack([weight.abs().amax(0) for weight in self.weights]).amax(0)
         self.schemes: list[Scheme] = [context.schemes[name] for name in fold.consumers]
         self.inputs: list[InputScheme | None] = [context.roundings.get(name) for name in fold.consumers]
@@ -111,6 +117,7 @@ class _Problem:
 
     def loss(self, scale: torch.Tensor) -> float:
         """Squared error of all outputs on the sample, with inputs / scale and weights * scale rounded."""
+        scale = scale.float()
         total, divided = 0.0, self.sample / scale
         for weight, scheme, inputs, output in zip(self.weights, self.schemes, self.inputs, self.outputs, strict=True):
             x, scaled = divided, weight * scale

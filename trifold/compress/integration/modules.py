@@ -11,7 +11,7 @@ from torch import nn
 from trifold.compress.block import Compressed
 from trifold.core.errors import CheckpointError, InputError
 from trifold.core.linears import is_embedding, is_linear, is_transposed
-from trifold.formats import Spec
+from trifold.formats import FORMATS, Spec
 from trifold.kernels import PackedEmbedding, PackedLinear, PackedModule, TiedLinear, unstack
 
 
@@ -49,6 +49,7 @@ def _packed(name: str, dense: nn.Module, spec: Spec) -> PackedModule:
         raise CheckpointError(
             f"config.json: the entry of {name} names no format or no shape; copy the checkpoint again"
         )
+    _check_known(name, spec)
     weight, bias = dense.get_parameter("weight"), getattr(dense, "bias", None)
     shape = list(reversed(weight.shape)) if is_transposed(dense) else list(weight.shape)
     if shape != list(spec["shape"]):
@@ -65,6 +66,17 @@ def _packed(name: str, dense: nn.Module, spec: Spec) -> PackedModule:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(f"config.json: the entry of {name} is damaged ({error!r}); copy it again") from error
     return packed.train(dense.training)
+
+
+def _check_known(name: str, spec: Spec) -> None:
+    """Raise CheckpointError if the weight, or a part of it, is in a format of a later version."""
+    if spec["format"] not in FORMATS:
+        raise CheckpointError(
+            f"config.json: {name} is stored as {spec['format']!r}, which this Trifold does not read; "
+            "pip install --upgrade trifold"
+        )
+    for part in spec.get("parts", ()):
+        _check_known(name, part)
 
 
 def install(model: Any, compressed: Compressed) -> None:

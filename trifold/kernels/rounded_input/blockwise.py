@@ -1,4 +1,4 @@
-"""Activations rounded to their grid, then the weight-only product in tiles."""
+"""Activations rounded to their grid, then the weight-only product in tiles, in float32."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from trifold.kernels.weight_only import blockwise
 
 
 class Blockwise(blockwise.Blockwise):
-    """Any input scheme; rounded values are in x's dtype."""
+    """Any input scheme. Never more than a tile of the weight is dense."""
 
     name = "rounded_input.blockwise"
 
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
-        return super().run(rounded(x, tensors, spec), tensors, spec, bias)
+        y = super().run(rounded(x.float(), tensors, spec), tensors, spec, None if bias is None else bias.float())
+        return y.to(x.dtype)
