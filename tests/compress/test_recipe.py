@@ -101,7 +101,11 @@ def test_listed_presets_are_recipes(name):
     recipe = Recipe.load(name)
     assert recipe.name == name
     bits = int(name[1])
-    last = recipe.steps[-1]
+    ends = int(name.rpartition("-e")[2]) if "-e" in name else 16
+    steps = recipe.steps if ends == 16 else recipe.steps[:-1]
+    if ends != 16:
+        assert recipe.steps[-1].scheme.bits == ends and recipe.steps[-1].targets == ("embeddings", "head")
+    last = steps[-1]
     assert last.scheme.bits == bits
     assert (last.input is not None) is ("a8" in name)
     group = next((group for part, group in GROUPS.items() if part in name), 128)

@@ -14,7 +14,7 @@ from trifold.core.errors import RecipeError, unknown_name
 
 _FOLDS = r"-(?:s24|s\d\d|rank\d\d|lr\d+|kv\d\d)"  # percent removed for s, kept for rank and kv
 _NAME = re.compile(
-    rf"w(?P<weight>\d+)(?:a(?P<input>\d+))?(?P<folds>(?:{_FOLDS})*)(?:-(?P<method>[a-z][a-z0-9-]*?))?"
+    rf"w(?P<weight>\d+)(?:a(?P<input>\d+))?(?P<folds>(?:{_FOLDS})*)(?:-(?!static\b|e\d)(?P<method>[a-z][a-z0-9-]*?))?"
     r"(?P<static>-static)?(?:-e(?P<ends>\d+))?"
 )
 
