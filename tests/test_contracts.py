@@ -16,14 +16,15 @@ from trifold.formats import FORMATS, bits_per_weight, digest, format_for, stored
 LAYER = [name for name in METHODS if issubclass(METHODS.get(name), LayerMethod)]
 
 
-def problem(rows=9, columns=43, bits=3, group=16, zero_column=False, symmetric=False):
+def problem(rows=9, columns=43, bits=3, group=16, zero_column=False, symmetric=False, **scheme):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, columns, generator=generator) @ torch.randn(columns, columns, generator=generator) / 8
     weight = torch.randn(rows, columns, generator=generator)
     if zero_column:
         x[:, 3], weight[:, 5] = 0, 0
     drift = 0.01 * (torch.randn(x.shape, generator=generator).T @ x).double()
-    return LayerProblem({"a": weight}, {"a": Scheme(bits, group, symmetric)}, (x.T @ x).double(), drift, sample=x)
+    schemes = {"a": Scheme(bits, group, symmetric, **scheme)}
+    return LayerProblem({"a": weight}, schemes, (x.T @ x).double(), drift, sample=x)
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -49,6 +50,13 @@ def test_a_method_is_a_frozen_dataclass_of_one_kind_with_a_docstring(name):
         {"group": 1000},
         {"bits": 1},
         {"bits": 8, "symmetric": True},
+        {"zero_point": "real"},
+        {"zero_point": "real", "group": "tensor", "bits": 1},
+        {"grid": "nf4", "bits": 4},
+        {"grid": "nf4", "bits": 4, "group": "channel", "rows": 1},
+        {"grid": "fp4_e2m1", "bits": 4, "zero_column": True},
+        {"grid": "fp8_e4m3", "bits": 8, "group": "channel"},
+        {"grid": "fp8_e4m3", "bits": 8, "group": "tensor"},
     ],
     ids=str,
 )

@@ -89,7 +89,8 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, tiny, text):
     assert len(plan["layers"]) == 21
     entry = plan["layers"]["model.layers.2.mlp.down_proj"]
     assert entry["shape"] == [48, 86] and entry["method"] == "gptq" and entry["input"] is None
-    assert entry["scheme"] == {"bits": 4, "group_size": 32, "symmetric": False, "scale_dtype": "bfloat16"}
+    scheme = {"bits": 4, "group_size": 32, "symmetric": False, "scale_dtype": "bfloat16"}
+    assert entry["scheme"] == {**scheme, "grid": "int", "zero_point": "integer"}
     assert all(name in stdout for name in plan["layers"])
 
 

@@ -28,7 +28,7 @@ LAYER = "model.layers.1.mlp.up_proj"
 def checkpoints(tmp_path_factory, tiny):
     """Recipe -> folder."""
     made = {}
-    for recipe in ("w4a16-rtn", "w8a16"):
+    for recipe in ("w4a16-rtn", "w8a16-fp8"):
         made[recipe] = tmp_path_factory.mktemp("foreign") / "out"
         trifold.compress(tiny(), recipe, None, made[recipe], verbosity=-1)
     return made
@@ -39,9 +39,10 @@ def copy(tmp_path, checkpoints):
     return shutil.copytree(checkpoints["w4a16-rtn"], tmp_path / "copy")
 
 
-@pytest.mark.parametrize("recipe", ["w4a16-rtn", "w8a16"])
+@pytest.mark.parametrize("recipe", ["w4a16-rtn", "w8a16-fp8"])
 def test_without_trifold_loading_fails_loudly(tmp_path, checkpoints, recipe):
-    """Never a model with random weights: the packed codes bear the dense name in a shape that does not fit."""
+    """Never a model with random weights, or with 8-bit floats whose scales are forgotten: the codes bear the dense
+    name in a shape that does not fit."""
     process = subprocess.run(
         [sys.executable, "-c", PLAIN, str(checkpoints[recipe])],
         capture_output=True,

@@ -93,6 +93,9 @@ def test_a_recipe_cannot_be_changed(full):
 # -- presets -------------------------------------------------------------------------------------------------
 
 
+GROUPS = {"a8": "channel", "channel": "channel", "fp8": "channel", "nf4": 64, "fp4": 32, "hqq": 64}
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_listed_presets_are_recipes(name):
     recipe = Recipe.load(name)
@@ -101,7 +104,8 @@ def test_listed_presets_are_recipes(name):
     last = recipe.steps[-1]
     assert last.scheme.bits == bits
     assert (last.input is not None) is ("a8" in name)
-    assert last.scheme.group_size == ("channel" if "a8" in name else 128)
+    group = next((group for part, group in GROUPS.items() if part in name), 128)
+    assert last.scheme.group_size == group
     needs = any(METHODS.get(step.method).needs for step in recipe.steps) or "static" in name
     assert recipe.data_free is not needs
 
@@ -130,10 +134,44 @@ def test_unlisted_widths_are_presets_too(name, bits):
     assert Recipe.load(name).steps[-1].scheme.bits == bits
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "scheme"),
+    [
+        ("w8a16-channel", "rtn", Scheme(8, "channel", True)),
+        ("w4a16-channel-gptq", "gptq", Scheme(4, "channel", True)),
+        ("w8a16-fp8", "rtn", Scheme(8, "channel", grid="fp8_e4m3")),
+        ("w4a16-nf4", "rtn", Scheme(4, 64, grid="nf4")),
+        ("w4a16-nf4-awq-gptq", "gptq", Scheme(4, 64, grid="nf4")),
+        ("w4a16-fp4-gptq", "gptq", Scheme(4, 32, grid="fp4_e2m1")),
+        ("w3-hqq", "hqq", Scheme(3, 64, zero_point="real")),
+        ("w4a16-channel-hqq", "hqq", Scheme(4, "channel", True)),
+        ("w8a8-hqq", "hqq", Scheme(8, "channel", True)),
+    ],
+)
+def test_grids_in_preset_names(name, method, scheme):
+    last = Recipe.load(name).steps[-1]
+    assert last.method == method and last.scheme.build() == scheme
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("w3a16-nf4", "grid='nf4' has 4 bits, not bits=3"),
+        ("w4a16-fp8", "grid='fp8_e4m3' has 8 bits, not bits=4"),
+        ("w4a8-nf4", "no preset with nf4; write w4a16-nf4"),
+        ("w4a16-nf5", "did you mean w4a16-nf4"),
+        ("w4a16-nf4-gptp", "did you mean w4a16-nf4-gptq"),
+    ],
+)
+def test_grids_that_do_not_fit(name, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.load(name)
+
+
 def test_presets_do_not_share_state():
     first, second = Recipe.load("w4a16-awq-gptq"), Recipe.load("w3a16-awq-gptq")
     assert first.steps[-1].scheme.bits == 4 and second.steps[-1].scheme.bits == 3
-    assert all("scheme" not in step for steps in STEPS.values() for step in steps)
+    assert all("bits" not in step.get("scheme", {}) for steps in STEPS.values() for step in steps)
 
 
 @pytest.mark.parametrize(

@@ -194,3 +194,36 @@ def test_slabs_do_not_change_the_result(monkeypatch):
     monkeypatch.setattr("trifold.core.ranges._ROWS_AT_ONCE", 100)
     parts = fit_ranges(w, exact(4, False, 16), "mse")
     assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
+
+
+def test_per_channel_integers_of_glm_130b_by_hand():
+    """The scale is rounded to float16 before codes are chosen: 0.7 / 0.09997559 is still code 7."""
+    w = torch.tensor([[0.7, -0.33, 0.1, 0.02]])
+    codes, scale, zero, back = quantize(w, Scheme(4, "channel", True, "float16"))
+    assert scale.item() == pytest.approx(0.09997559, abs=1e-8) and zero is None
+    assert (codes - 8).tolist() == [[7, -3, 1, 0]]
+    assert ((back - w).abs() <= scale / 2 * (1 + 1e-3)).all()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("group", [16, "channel", "tensor"])
+def test_real_zero_points_reach_both_ends(bits, group):
+    """Unlike integer ones they cover [low, high] exactly, up to their own rounding."""
+    w = torch.randn(7, 43, generator=torch.Generator().manual_seed(bits))
+    codes, scale, _, back = quantize(w, Scheme(bits, group, False, "float32", zero_point="real"))
+    step = expand_groups(scale, (7, 43), 16 if group == 16 else 43)
+    assert ((back - w).abs() <= step * 0.5 * (1 + 1e-4)).all()
+    assert codes.min() == 0 and codes.max() == 2**bits - 1
+    stored = fit_ranges(w, Scheme(bits, group, False, "bfloat16", zero_point="real"))[1]
+    assert torch.equal(stored.bfloat16().float(), stored)
+
+
+@pytest.mark.parametrize("dtype", sorted(SCALE_DTYPES))
+@pytest.mark.parametrize("ranges", ["minmax", "mse"])
+def test_no_finite_weight_gives_nan_with_real_zero_points(ranges, dtype):
+    rows = [[3e38, -3e38, 0, 1], [1e-45, -1e-45, 0, 0], [1e5] * 4, [-1e-30, 0, 1e-38, 0], [0] * 4, [-7.0] * 4]
+    codes, scale, zero, back = quantize(
+        torch.tensor(rows), Scheme(4, 3, False, dtype, zero_point="real"), ranges=ranges
+    )
+    assert all(torch.isfinite(tensor).all() for tensor in (codes, scale, zero))
+    assert not torch.isnan(back).any() and not back[4].any()

@@ -1,5 +1,6 @@
 import itertools
 
+import pytest
 import torch
 
 from trifold.core.obs import quadratic_loss
@@ -72,3 +73,27 @@ def test_an_exactly_representable_weight_stays():
     again, same = refine(weight, hessian, codes, scale, zero, scheme, rounds=3)
     assert torch.equal(again, codes)
     torch.testing.assert_close(same, scale, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("grid, bits", [("nf4", 4), ("fp4_e2m1", 4), ("fp8_e4m3", 8)])
+def test_the_steps_on_a_table(grid, bits):
+    """Values of the table stand in for codes; each step lowers the loss, and at the end no other value is better."""
+    for seed in range(3):
+        weight, hessian, _, _, _, _ = setting(rows=2, columns=6, group=6, seed=seed)
+        scheme = Scheme(bits, 6, scale_dtype="float32", grid=grid)
+        scale, _ = fit_ranges(weight, scheme)
+        values, zero = to_codes(weight, scale.expand(2, 6), 0.0, scheme), torch.zeros(2, 1)
+        before = loss(weight, hessian, values, scale, zero, scheme)
+        scale = refit_scales(weight, hessian, values, scale, scheme)
+        middle = loss(weight, hessian, values, scale, zero, scheme)
+        for _ in range(20):
+            values = descend(weight, hessian, values, scale.expand(2, 6), zero.expand(2, 6), scheme)
+        after = loss(weight, hessian, values, scale, zero, scheme)
+        assert after <= middle * (1 + 1e-6) <= before * (1 + 2e-6) and after < 0.95 * before
+        assert torch.equal(scheme.table.snap(values), values)
+        for row, column in itertools.product(range(2), range(6)):
+            for value in scheme.table.values:
+                tried = values.clone()
+                tried[row, column] = value
+                if value == value:
+                    assert loss(weight, hessian, tried, scale, zero, scheme) >= after * (1 - 1e-5)

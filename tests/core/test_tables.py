@@ -25,7 +25,7 @@ def test_the_values_of_the_literature():
     nf4 += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1]
     assert NF4.values == pytest.approx(nf4, abs=1e-7)
     half = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    assert FP4.values == tuple([*half, *(-value for value in half)])
+    assert list(FP4.values) == [*half, *(-value for value in half)]
     torch_values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     assert torch.equal(torch.tensor(FP8.values).nan_to_num(9e9), torch_values.nan_to_num(9e9))
     for byte, value in ((0x38, 1), (0x3C, 1.5), (0x76, 224), (0x7E, 448), (0x18, 2**-4), (0x01, 2**-9)):

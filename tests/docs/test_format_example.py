@@ -14,6 +14,7 @@ from tests.nested import NESTED
 from trifold.compress.files import shard_files
 from trifold.core.canonical import Quantized
 from trifold.core.scheme import Scheme
+from trifold.core.tables import TABLES
 from trifold.formats import FORMATS, describe, layout, pack
 from trifold.formats.bitstream import pack_bits
 
@@ -30,6 +31,16 @@ SCHEMES = [
 ]
 """One for each of 21 layers."""
 
+OTHERS = [
+    *({"grid": grid, "group_size": g} for grid in ("nf4", "fp4_e2m1", "fp8_e4m3") for g in (20, "channel", "tensor")),
+    *({"bits": bits, "group_size": 20, "zero_point": "real"} for bits in range(1, 9)),
+    {"bits": 4, "group_size": "channel", "zero_point": "real", "scale_dtype": "float16"},
+    {"bits": 5, "group_size": "tensor", "zero_point": "real", "scale_dtype": "float32"},
+    {"grid": "nf4", "group_size": 64, "scale_dtype": "float16"},
+    {"grid": "fp8_e4m3", "group_size": 128, "scale_dtype": "float32"},
+]
+"""Tables, 8-bit floats and real zero-points: as many."""
+
 
 @pytest.fixture(scope="module")
 def decoder():
@@ -39,8 +50,8 @@ def decoder():
     return namespace
 
 
-def every_scheme(layers, **more):
-    overrides = [{"match": name, "scheme": s} for name, s in zip(layers, SCHEMES * 2, strict=False)]
+def every_scheme(layers, schemes=SCHEMES, **more):
+    overrides = [{"match": name, "scheme": s} for name, s in zip(layers, schemes * 2, strict=False)]
     return {"steps": [{"method": "rtn", "overrides": overrides, **more}]}
 
 
@@ -54,15 +65,16 @@ def check(decoder, folder):
     return [module.spec for module in packed.values()]
 
 
+@pytest.mark.parametrize("schemes", [SCHEMES, OTHERS], ids=["integers", "others"])
 @pytest.mark.parametrize("limit", ["5GB", "3KB"])
-def test_the_decoder_reads_every_scheme(tmp_path, tiny, decoder, limit):
+def test_the_decoder_reads_every_scheme(tmp_path, tiny, decoder, limit, schemes):
     names = [f"model.layers.{i}.{n}" for i in range(3) for n in ("self_attn.q_proj", "self_attn.k_proj")]
     names += [f"model.layers.{i}.{n}" for i in range(3) for n in ("self_attn.v_proj", "self_attn.o_proj")]
     names += [f"model.layers.{i}.mlp.{n}_proj" for i in range(3) for n in ("gate", "up", "down")]
-    recipe = every_scheme(names, input={"bits": 8})
+    recipe = every_scheme(names, schemes, input={"bits": 8})
     trifold.compress(tiny(), recipe, output=tmp_path / "out", max_shard_size=limit, verbosity=-1)
     specs = check(decoder, tmp_path / "out")
-    assert len(specs) == len(SCHEMES) == 21 and all(spec["input"] == {"bits": 8} for spec in specs)
+    assert len(specs) == len(schemes) == 21 and all(spec["input"] == {"bits": 8} for spec in specs)
     assert len({str(sorted(spec.items())) for spec in specs}) == 21
     assert (len(set(shard_files(tmp_path / "out").values())) > 1) == (limit == "3KB")
 
@@ -129,3 +141,31 @@ def test_the_layer_of_the_table():
     assert stored == line("`weight_scale`, bfloat16 (2, 3)", str)
     assert f"the words {hexadecimal(tensors['weight_zero_point'])}" in PAGE
     assert weight.dequantize().tolist() == line("W", float)
+
+
+def test_the_formats_of_the_table():
+    rows = re.findall(
+        r"^\| `(\w+)`[^|]*\| (?:`(\w+)` )?\| ([\d ]+) \| ([\da-f ]+) \| ([\d.]+) \| (?:([\d.]+) )?\| ([-\d. ]+) \|$",
+        PAGE,
+        re.M,
+    )
+    assert [row[0] for row in rows] == ["int", "affine", "table", "fp8"]
+    for name, grid, codes, words, scale, zero, values in rows:
+        scheme = Scheme(
+            8 if name == "fp8" else 4, "channel", not zero, "bfloat16", grid or "int", "real" if zero else "integer"
+        )
+        codes = torch.tensor([[int(code) for code in codes.split()]], dtype=torch.uint8)
+        zero = torch.tensor([[float(zero)]]).bfloat16() if zero else None
+        weight = Quantized(codes, torch.tensor([[float(scale)]]).bfloat16(), zero, scheme)
+        stored = FORMATS.get(name).pack(weight)["weight"]
+        assert (stored.view(torch.uint8).numpy().tobytes().hex(" ") if name == "fp8" else hexadecimal(stored)) == words
+        assert weight.dequantize().tolist() == [[float(value) for value in values.split()]]
+
+
+def test_the_values_of_the_tables(decoder):
+    for name in TABLES:
+        ours, theirs = np.array(TABLES.get(name).values), decoder["TABLES"][name]
+        known = ~np.isnan(ours)
+        assert (ours[known] == theirs[known]).all() and f"`{name}`" in PAGE
+    (values,) = re.findall(r"as float32:\n\n((?: {4}.*\n)+)", PAGE)
+    assert [float(value) for value in values.split()] == list(TABLES.get("nf4").values)

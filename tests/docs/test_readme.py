@@ -57,7 +57,7 @@ def test_every_preset_named_exists_and_every_listed_one_is_named():
     assert named == set(preset_names())
     for name in named:
         recipe = Recipe.load(name)
-        rounds_only = recipe.steps[-1].method == "rtn" and len(recipe.steps) == 1
+        rounds_only = recipe.steps[-1].method in ("rtn", "hqq") and len(recipe.steps) == 1
         assert recipe.data_free == (rounds_only and not recipe.has_static_inputs)
 
 

@@ -139,3 +139,38 @@ def test_solving_modifies_nothing():
     weight, gram = p.weights["a"].clone(), p.gram.clone()
     GPTQ().solve(p)
     assert torch.equal(weight, p.weights["a"]) and torch.equal(gram, p.gram)
+
+
+GRIDS = [{"grid": "nf4", "bits": 4}, {"grid": "fp4_e2m1", "bits": 4}, {"grid": "fp8_e4m3", "bits": 8}]
+GRIDS += [{"zero_point": "real", "bits": bits} for bits in (2, 4)]
+
+
+@pytest.mark.parametrize("scheme", GRIDS, ids=str)
+def test_tables_and_real_zero_points_beat_rounding(scheme):
+    ratios = []
+    for seed in range(10):
+        for group in (16, "channel"):
+            p = problem(seed=seed, group=group, **scheme)
+            paper, rounded = error(p, PAPER), error(p, RTN("minmax"))
+            assert paper < rounded
+            ratios.append(error(p, GPTQ()) / paper)
+    assert sum(ratios) / len(ratios) < 0.9
+
+
+@pytest.mark.parametrize("scheme", GRIDS, ids=str)
+def test_a_diagonal_gram_is_plain_rounding_on_any_grid(scheme):
+    p = problem(**scheme)
+    p = LayerProblem(p.weights, p.schemes, torch.diag(torch.rand(32, dtype=torch.float64) + 0.1))
+    swept, rounded = (m.solve(p).canonical["a"] for m in (GPTQ(ranges="minmax", refine=0), RTN("minmax")))
+    assert torch.equal(swept.codes, rounded.codes) and torch.equal(swept.scale, rounded.scale)
+
+
+@pytest.mark.parametrize("scheme", GRIDS, ids=str)
+def test_gptaq_without_drift_is_gptq_on_any_grid(scheme):
+    from dataclasses import replace
+
+    from trifold.quantizers import GPTAQ
+
+    p = problem(**scheme)
+    still = replace(p, drift=torch.zeros(32, 32, dtype=torch.float64))
+    assert torch.equal(GPTAQ().solve(still).canonical["a"].codes, GPTQ().solve(p).canonical["a"].codes)

@@ -98,12 +98,12 @@ def _plan_table(layers: dict[str, dict[str, Any]]) -> Any:
     columns = (Column("layer", overflow="fold"), "shape", "method", "bits", "group", "input")
     table = Table(*columns, title="plan", title_justify="left")
     for name, entry in layers.items():
-        inputs, scheme = entry["input"], entry["scheme"] or {}
+        inputs, scheme = entry["input"], entry["scheme"] or {"grid": "int"}
         table.add_row(
             name,
             "x".join(map(str, entry["shape"])),
             entry["method"],
-            str(scheme.get("bits", "-")),
+            str(scheme.get("bits", "-")) if scheme["grid"] == "int" else scheme["grid"],
             str(scheme.get("group_size", "-")),
             "-" if inputs is None else InputScheme(**inputs).label,
         )

@@ -18,4 +18,4 @@ def recipes(name: str | None) -> None:
     for preset in preset_names():
         recipe = Recipe.load(preset)
         text = "no calibration text" if recipe.data_free else "calibration text"
-        click.echo(f"{preset:16} {' + '.join(step.method for step in recipe.steps):12} {text}")
+        click.echo(f"{preset:20} {' + '.join(step.method for step in recipe.steps):12} {text}")

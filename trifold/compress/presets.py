@@ -1,6 +1,8 @@
-"""Preset names: `wN[aN][-method][-static]`, such as `w4a16-gptq`. N is the number of bits; 16 means left as it is.
+"""Preset names: `wN[aN][-grid][-method][-static]`, such as `w4a16-gptq`, `w4a16-nf4-gptq` or `w8a8-smoothquant-static`.
 
-`static`: the scale of activations is found in calibration, not for each token at run time.
+N is the number of bits; 16 means left as it is. Without a grid: integers, in groups of 128 with zero-points or, with
+rounded activations, one symmetric scale per row. static: the scale of activations is found in calibration, not for each
+token at run time.
 """
 
 from __future__ import annotations
@@ -24,17 +26,27 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "awq": [{"method": "awq"}, {"method": "rtn"}],
     "awq-gptq": [_SCALES, {"method": "gptq"}],
     "awq-gptaq": [_SCALES, {"method": "gptaq"}],
+    "hqq": [{"method": "hqq", "scheme": {"group_size": 64, "zero_point": "real"}}],
 }
 """Method part of a preset -> steps; the scheme goes to the last one."""
 
-_FP8 = {"grid": "fp8_e4m3"}
 ROUNDED_STEPS: dict[str, list[dict[str, Any]]] = {
     "smoothquant": [{"method": "smoothquant"}, {"method": "rtn"}],
     "smoothquant-gptq": [{"method": "smoothquant"}, {"method": "gptq"}],
     "llmint8": [{"method": "llm_int8"}],
-    "fp8": [{"method": "rtn", "scheme": _FP8, "input": _FP8}],
 }
 """The same, of methods that are about rounded activations."""
+
+GRIDS: dict[str, dict[str, Any]] = {
+    "channel": {"group_size": "channel", "symmetric": True},
+    "fp8": {"grid": "fp8_e4m3", "group_size": "channel"},
+    "nf4": {"grid": "nf4", "group_size": 64},
+    "fp4": {"grid": "fp4_e2m1", "group_size": 32},
+}
+"""Grid part of a preset -> scheme. Without a method it is rounded to nearest."""
+
+INPUT_GRIDS = {"": "int", "fp8": "fp8_e4m3"}
+"""Grid part of a preset with rounded activations -> their grid."""
 
 _WEIGHT_ONLY: dict[str, Any] = {"scheme": {"group_size": 128}}
 _WITH_INPUT: dict[str, Any] = {"scheme": {"group_size": "channel", "symmetric": True}, "options": {"ranges": "minmax"}}
@@ -49,26 +61,39 @@ def preset(name: str) -> dict[str, Any]:
         missing = match["folds"].removeprefix("-")
         raise RecipeError(f"{name}: this version has no sparsity, low rank or KV-cache folds ({missing}); leave it out")
     bits, inputs = int(match["weight"]), int(match["input"] or 16)
-    words = (match["method"] or "").split("-")
-    static = words[-1] == "static"
-    method = "-".join(words[:-1] if static else words) or ("rtn" if bits >= 8 else "gptq")
+    text, static = match["method"] or "", False
+    if re.search("(^|-)static$", text):
+        text, static = text.removesuffix("static").removesuffix("-"), True
+    grid, method = _parts(text, "rtn" if bits >= 8 else "gptq")
     if method not in STEPS and method not in ROUNDED_STEPS:
         raise RecipeError(unknown_name("recipe", name, preset_names()))
     if inputs != 16 and inputs != 8:
         raise RecipeError(f"{name}: activations of {inputs} bits have no preset; a16 and a8 do")
-    if inputs == 16 and (static or method not in STEPS):
-        raise RecipeError(f"{name}: {words[-1]} is about activations, which a16 leaves as they are; write w{bits}a8")
+    if inputs == 16 and (static or method in ROUNDED_STEPS):
+        about = "static" if static else method
+        raise RecipeError(f"{name}: {about} is about activations, which a16 leaves as they are; write w{bits}a8")
+    if inputs != 16 and grid not in INPUT_GRIDS:
+        raise RecipeError(f"{name}: rounded activations have no preset with {grid}; write w{bits}a16-{grid}")
     steps = [dict(step) for step in (STEPS | ROUNDED_STEPS)[method]]
-    last, base = steps[-1], _WEIGHT_ONLY if inputs == 16 else _WITH_INPUT
-    last["scheme"] = {"bits": bits, **base["scheme"], **last.get("scheme", {})}
+    base = _WEIGHT_ONLY if inputs == 16 else _WITH_INPUT
+    scheme = GRIDS[grid] if grid else {**base["scheme"], **(steps[-1].get("scheme", {}) if inputs == 16 else {})}
+    steps[-1]["scheme"] = {"bits": bits, **scheme}
     if inputs != 16:
-        last["input"] = {"bits": inputs, "static": static, **last.get("input", {})}
-        last["options"] = base["options"]
+        steps[-1]["input"] = {"bits": inputs, "grid": INPUT_GRIDS[grid], "static": static}
+        steps[-1]["options"] = {} if method == "hqq" else base["options"]
     return {"name": name, "steps": steps}
+
+
+def _parts(text: str, usual: str) -> tuple[str, str]:
+    """Grid, which may be empty, and method of what follows the bits."""
+    first, _, rest = text.partition("-")
+    return (first, rest or "rtn") if first in GRIDS else ("", text or usual)
 
 
 def preset_names() -> list[str]:
     """The names that `trifold recipes` lists."""
     names = [f"w{bits}a16-{method}" for bits in (4, 3, 2) for method in STEPS]
-    static = ["w8a8-static", "w8a8-smoothquant-static"]
-    return [*names, "w8a16", "w8a16-gptq", "w8a8", "w8a8-gptq", *(f"w8a8-{m}" for m in ROUNDED_STEPS), *static]
+    grids = ["w8a16-channel", "w8a16-fp8", *(f"w4a16-{grid}" for grid in ("channel", "nf4", "fp4"))]
+    with_gptq = [f"{name}-gptq" for name in grids if name != "w8a16-channel"]
+    rounded = ["gptq", *ROUNDED_STEPS, "fp8", "static", "smoothquant-static"]
+    return [*names, "w8a16", "w8a16-gptq", *grids, *with_gptq, "w8a8", *(f"w8a8-{part}" for part in rounded)]

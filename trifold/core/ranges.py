@@ -1,7 +1,7 @@
 """From weights to scales, zero-points and codes: the ranges that every quantiser shares.
 
-Ranges always include zero, so that zero is representable and the zero-point is a code. Scales (and real
-zero-points) are rounded to the dtype they are stored in *before* codes are chosen, so a stored checkpoint
+Ranges always include zero, so that an integer zero-point is a code, which stands for zero exactly. Scales (and
+real zero-points) are rounded to the dtype they are stored in *before* codes are chosen, so a stored checkpoint
 dequantises to exactly the weights that calibration saw.
 
 Of a table of values, solvers work on the values themselves, as if they were codes with the zero-point 0;
@@ -107,7 +107,7 @@ def fit_ranges(
     width = weight.shape[1] if scheme.group_size == "tensor" else scheme.group_width(columns)
     cost = _importance_view(weight.shape[1], width, importance, weight)
     scales, zeros = [], []
-    for slab in _slabs(weight, width):
+    for slab in slabs(weight, width):
         groups = group_view(slab, width)
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         scale, zero = from_bounds(low, high, scheme)
@@ -118,7 +118,7 @@ def fit_ranges(
     return torch.cat(scales), None if scheme.symmetric else torch.cat([z for z in zeros if z is not None])
 
 
-def _slabs(weight: torch.Tensor, width: int) -> Iterator[torch.Tensor]:
+def slabs(weight: torch.Tensor, width: int) -> Iterator[torch.Tensor]:
     return iter(weight.split(max(1, _ROWS_AT_ONCE // max(weight.shape[1], width)), dim=0))
 
 

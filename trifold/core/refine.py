@@ -83,7 +83,8 @@ def descend(
 ) -> torch.Tensor:
     """One pass of coordinate descent over the columns: each code becomes the best one given all others.
 
-    The loss is a parabola in one weight, so the best of any grid is the one nearest to its minimum. All (out, in) float32, scale and offset per weight; hessian (in, in). Returns the new codes.
+    The loss is a parabola in one weight, so the best value of any grid is the one nearest to its minimum. All
+    (out, in) float32, scale and offset per weight; hessian (in, in). Returns the new codes.
     """
     codes, scale, offset = (t.T.contiguous() for t in (codes, scale, offset))
     error = weight.T - (codes - offset) * scale  # (in, out)
