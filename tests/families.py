@@ -1,10 +1,12 @@
-"""Tiny configurations of the architectures of transformers: two blocks, a few thousand parameters each.
+"""Tiny configurations of the architectures of transformers: two blocks or so, a few thousand parameters each.
 
 Where a family's blocks differ (attention types, dense and expert layers), both kinds are present.
 """
 
+import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+import transformers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from tests.helpers import COMMON
 
@@ -153,6 +155,87 @@ FAMILIES = {
     | {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 64},
 }
 
+TEXT = {**SMALL, "max_position_embeddings": 128}
+SIGHT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+PIXELS = {**SIGHT, "image_size": 16, "patch_size": 4}
+MROPE = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+MERGED = {"depth": 3, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+IMAGE = 120  # the token that stands for a part of an image
+QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": 121,
+    "vision_start_token_id": 122,
+    "vision_end_token_id": 123,
+}
+
+VISION = {
+    "gemma3": {
+        "text_config": TEXT | {"head_dim": 8} | MIXED,
+        "vision_config": PIXELS,
+        "image_token_index": IMAGE,
+        "mm_tokens_per_image": 4,
+    },
+    "idefics3": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": PIXELS,
+        "image_token_id": IMAGE,
+        "scale_factor": 2,
+    },
+    "internvl": {
+        "text_config": TEXT | {"model_type": "qwen2"},
+        "vision_config": SIGHT | {"image_size": [16, 16], "patch_size": [4, 4]},
+        "image_token_id": IMAGE,
+    },
+    "llava": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": PIXELS | {"model_type": "clip_vision_model", "projection_dim": 32},
+        "image_token_index": IMAGE,
+    },
+    "mistral3": {
+        "text_config": TEXT | {"model_type": "mistral", "head_dim": 8},
+        "vision_config": PIXELS | {"model_type": "pixtral", "head_dim": 16},
+        "image_token_index": IMAGE,
+    },
+    "mllama": {
+        "text_config": TEXT | {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+        "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "attention_heads": 4}
+        | {"num_global_layers": 1, "image_size": 16, "patch_size": 4, "intermediate_layers_indices": [0]}
+        | {"vision_output_dim": 64, "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]},
+        "image_token_index": IMAGE,
+    },
+    "paligemma": {
+        "text_config": TEXT | {"model_type": "gemma", "head_dim": 8},
+        "vision_config": PIXELS | {"model_type": "siglip_vision_model", "projection_dim": 32},
+        "image_token_index": IMAGE,
+    },
+    "qwen2_vl": {
+        "text_config": MROPE,
+        "vision_config": MERGED | {"embed_dim": 64, "hidden_size": 32, "mlp_ratio": 2},
+        **QWEN_TOKENS,
+    },
+    "qwen2_5_vl": {
+        "text_config": MROPE,
+        "vision_config": MERGED
+        | {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 32}
+        | {"window_size": 16, "fullatt_block_indexes": [1]},
+        **QWEN_TOKENS,
+    },
+    "qwen3_vl": {
+        "text_config": MROPE | {"head_dim": 8},
+        "vision_config": MERGED
+        | {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 32}
+        | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+        **QWEN_TOKENS,
+    },
+    "smolvlm": {
+        "text_config": TEXT | {"model_type": "llama"},
+        "vision_config": PIXELS,
+        "image_token_id": IMAGE,
+        "scale_factor": 2,
+    },
+}
+"""Models that also see."""
+
 VARIANTS = {
     "bloom-residual": ("bloom", {"apply_residual_connection_post_layernorm": True}),
     "deepseek_v2-full-queries": ("deepseek_v2", {"q_lora_rank": None}),
@@ -176,15 +259,18 @@ VARIANTS = {
 
 
 def config_of(name):
-    """The tiny configuration of a family or variant."""
+    """The tiny configuration of a family or variant; skips if this transformers has no such family."""
     family, changes = VARIANTS.get(name, (name, {}))
-    return CONFIG_MAPPING[family](**(FAMILIES[family] | changes))
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"{family}: not in transformers {transformers.__version__}")
+    return CONFIG_MAPPING[family](**({**FAMILIES, **VISION}[family] | changes))
 
 
 def make_family(name, dtype=torch.float32, seed=0):
-    """A random causal language model in eval mode; norms and biases are random multiples of 1/64."""
+    """A random language model in eval mode; norms and biases are random multiples of 1/64."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_of(name), dtype=dtype).eval()
+    auto = AutoModelForMultimodalLM if name in VISION else AutoModelForCausalLM
+    model = auto.from_config(config_of(name), dtype=dtype).eval()
     if dtype == torch.float64:  # the fused product of experts knows no doubles
         model.set_experts_implementation("eager")
     randomise(model, seed + 1)
