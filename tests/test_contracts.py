@@ -23,9 +23,8 @@ def problem(rows=9, columns=43, bits=3, group=16, zero_column=False, symmetric=F
     if zero_column:
         x[:, 3], weight[:, 5] = 0, 0
     drift = 0.01 * (torch.randn(x.shape, generator=generator).T @ x).double()
-    return LayerProblem(
-        {"a": weight}, {"a": Scheme(bits, group, symmetric, **scheme)}, (x.T @ x).double(), drift, sample=x
-    )
+    schemes = {"a": Scheme(bits, group, symmetric, **scheme)}
+    return LayerProblem({"a": weight}, schemes, (x.T @ x).double(), drift, sample=x)
 
 
 @pytest.mark.parametrize("name", list(METHODS))

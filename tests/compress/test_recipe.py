@@ -109,7 +109,7 @@ def test_listed_presets_are_recipes(name):
     assert last.scheme.bits == bits
     assert (last.input is not None) is ("a8" in name)
     group = next((group for part, group in GROUPS.items() if part in name), 128)
-    assert last.scheme.group_size == ("channel" if "a8" in name else group)
+    assert last.scheme.group_size == group
     needs = any(METHODS.get(step.method).needs for step in recipe.steps) or "static" in name
     assert recipe.data_free is not needs
 

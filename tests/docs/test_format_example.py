@@ -1,18 +1,21 @@
 """docs/format.md is true: its decoder reads what Trifold writes, and its examples are what the code packs."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import trifold
+from tests.nested import NESTED
 from trifold.compress.files import shard_files
 from trifold.core.canonical import Quantized
 from trifold.core.scheme import Scheme
 from trifold.core.tables import TABLES
-from trifold.formats import FORMATS
+from trifold.formats import FORMATS, describe, layout, pack
 from trifold.formats.bitstream import pack_bits
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text()
@@ -41,9 +44,9 @@ OTHERS = [
 
 @pytest.fixture(scope="module")
 def decoder():
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     namespace = {}
-    exec(compile(block, "docs/format.md", "exec"), namespace)
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(compile(block, "docs/format.md", "exec"), namespace)
     return namespace
 
 
@@ -89,6 +92,27 @@ def test_the_decoder_reads_transposed_layers_in_a_tied_bf16_model(tmp_path, tiny
         (48, 86),
     }
     assert "lm_head.weight" not in shard_files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_the_reader_of_parts(tmp_path, decoder, name):
+    weight = NESTED[name]
+    modules = {"a.b": json.loads(json.dumps(describe(weight)))}
+    config = {"quant_method": "trifold", "format_version": "1.0", "modules": modules}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    save_file({f"a.b.{leaf}": t.clone() for leaf, t in pack(weight).items()}, tmp_path / "model.safetensors")
+    found, expected = decoder["read_weight"](tmp_path, "a.b"), weight.dequantize().numpy()
+    assert found.dtype == np.float32 and found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+    if not re.search("chain|low rank|deep|three", name):  # no matrix products
+        assert found.tobytes() == expected.tobytes()
+
+
+def test_the_split_of_the_page_is_one():
+    (text,) = [block for block in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL) if '"split"' in block]
+    assert sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout(json.loads(text)).values()) == (
+        768 * 252 + 768 * 2 + 768 * 4 * 2 + 256 // 8
+    )
 
 
 def hexadecimal(words):
