@@ -34,7 +34,8 @@ GRIDS: dict[str, dict[str, Any]] = {
     "nf4": {"grid": "nf4", "group_size": 64},
     "fp4": {"grid": "fp4_e2m1", "group_size": 32},
 }
-"""Grid part of a preset -> scheme. Without a method it is rounded to nearest."""
+"""Grid part of a preset -> scheme. Without a method it is rounded to nearest: NF4 as QLoRA does, by the largest
+magnitude of each block."""
 
 _WEIGHT_ONLY: dict[str, Any] = {"scheme": {"group_size": 128}}
 _WITH_INPUT: dict[str, Any] = {"scheme": {"group_size": "channel", "symmetric": True}, "options": {"ranges": "minmax"}}
@@ -60,6 +61,8 @@ def preset(name: str) -> dict[str, Any]:
     base = _WEIGHT_ONLY if inputs == 16 else _WITH_INPUT
     scheme = GRIDS[grid] if grid else {**base["scheme"], **(steps[-1].get("scheme", {}) if inputs == 16 else {})}
     steps[-1]["scheme"] = {"bits": bits, **scheme}
+    if grid == "nf4" and method == "rtn":
+        steps[-1]["options"] = {"ranges": "minmax"}
     if inputs != 16:
         steps[-1] |= {"input": {"bits": inputs}, "options": {} if method == "hqq" else base["options"]}
     return {"name": name, "steps": steps}
