@@ -155,6 +155,8 @@ def test_unlisted_widths_are_presets_too(name, bits):
 def test_grids_in_preset_names(name, method, scheme):
     last = Recipe.load(name).steps[-1]
     assert last.method == method and last.scheme.build() == scheme
+    if method != "hqq":
+        assert last.options["ranges"] == ("minmax" if name == "w4a16-nf4" else "mse")
 
 
 @pytest.mark.parametrize(

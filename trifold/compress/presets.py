@@ -44,7 +44,8 @@ GRIDS: dict[str, dict[str, Any]] = {
     "nf4": {"grid": "nf4", "group_size": 64},
     "fp4": {"grid": "fp4_e2m1", "group_size": 32},
 }
-"""Grid part of a preset -> scheme. Without a method it is rounded to nearest."""
+"""Grid part of a preset -> scheme. Without a method it is rounded to nearest: NF4 as QLoRA does, by the largest
+magnitude of each block."""
 
 _WEIGHT_ONLY: dict[str, Any] = {"group_size": 128}
 _ROUNDED_INPUT: dict[str, Any] = {"group_size": "channel", "symmetric": True}
@@ -74,30 +75,18 @@ def preset(name: str) -> dict[str, Any]:
     own = last.get("scheme", {}) if inputs == 16 else {}
     usual = {**(_WEIGHT_ONLY if inputs == 16 else _ROUNDED_INPUT), **own}
     last["scheme"] = {"bits": bits, **(GRIDS[grid] if grid else usual)}
+    if grid == "nf4" and method == "rtn":
+        last["options"] = {"ranges": "minmax"}
     if inputs == 8:
         last["input"] = {"bits": 8, "static": bool(match["static"]), **({"grid": "fp8_e4m3"} if grid else {})}
         last["options"] = {} if method == "hqq" else {"ranges": "minmax"}
     if match["ends"]:
         steps.append(_ends(int(match["ends"])))
-    return {"name": name, "steps": steps}
-
-
-def _ends(bits: int) -> dict[str, Any]:
-    scheme = {"bits": bits, "group_size": "channel" if bits >= 8 else 64, "symmetric": bits >= 8}
-    return {"name": "ends", "method": "rtn", "targets": ["embeddings", "head"], "scheme": scheme}
-
-
-def _parts(text: str, usual: str) -> tuple[str, str]:
-    """Grid, which may be empty, and method of what follows the bits."""
-    first, _, rest = text.partition("-")
-    return (first, rest or "rtn") if first in GRIDS else ("", text or usual)
-
-
-def preset_names() -> list[str]:
-    """The names that `trifold recipes` lists."""
-    names = [f"w{bits}a16-{method}" for bits in (4, 3, 2) for method in STEPS]
-    grids = ["w8a16-channel", "w8a16-fp8", *(f"w4a16-{grid}" for grid in ("channel", "nf4", "fp4"))]
-    with_gptq = [f"{name}-gptq" for name in grids if name != "w8a16-channel"]
-    rounded = ["", "-gptq", *(f"-{method}" for method in ROUNDED_STEPS), "-fp8", "-static", "-smoothquant-static"]
-    ends = ["w4a16-gptq-e8", "w4a16-gptq-e4"]
-    return [*names, "w8a16", "w8a16-gptq", *grids, *with_gptq, *(f"w8a8{name}" for name in rounded), *ends]
+    steps = [dict(step) for step in STEPS[method]]
+    base = _WEIGHT_ONLY if inputs == 16 else _WITH_INPUT
+    scheme = GRIDS[grid] if grid else {**base["scheme"], **(steps[-1].get("scheme", {}) if inputs == 16 else {})}
+    steps[-1]["scheme"] = {"bits": bits, **scheme}
+    if grid == "nf4" and method == "rtn":
+        steps[-1]["options"] = {"ranges": "minmax"}
+    if inputs != 16:
+        steps[-1] |= {"input": {"bits": inputs}, "options": {} if method == "hqq" else base["options"]}
