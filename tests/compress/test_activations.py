@@ -183,6 +183,18 @@ def test_without_text_they_are_refused(tmp_path, tiny, recipe):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_layer_that_calibration_never_reached_finds_its_scales_at_run_time(tmp_path, text):
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.zero_()  # so that down_proj sees nothing but zeros
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    out, report = compressed(tmp_path / "out", tmp_path / "model", text, "w8a8-static")
+    name = "model.layers.1.mlp.down_proj"
+    assert specs(out)[name]["input"] == {"bits": 8} and "at run time" in report["layers"][name]["input"]
+    assert sum("static" in spec["input"] for spec in specs(out).values()) == 20
+
+
 # -- outliers ------------------------------------------------------------------------------------------------
 
 

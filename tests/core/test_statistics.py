@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trifold.core.statistics import AbsMax, AbsMean, Gram, Mean, Observation
+from trifold.core.statistics import AbsMax, AbsMean, Gram, Mean, Observation, Sample
 
 KINDS = [Gram, AbsMean, Mean, AbsMax]
 
@@ -92,3 +92,20 @@ def test_sums_do_not_lose_small_batches_to_float32():
     for _ in range(4):
         statistic.update(Observation(torch.ones(1, 1)))
     assert statistic.total.item() == 2**26 + 4
+
+
+@pytest.mark.parametrize("sizes", [[1], [512], [100, 412, 1], [700, 0, 13, 1300], [1] * 600, [2048, 2048]])
+def test_a_sample_is_every_so_many_tokens(sizes):
+    x = torch.arange(2.0 * sum(sizes)).reshape(-1, 2)
+    sample = Sample(2)
+    for part in x.split(sizes):
+        sample.update(Observation(part))
+    stride = 1
+    while -(-len(x) // stride) > Sample.LIMIT:
+        stride *= 2
+    assert torch.equal(sample.rows, x[::stride]) and sample.tokens == len(x)
+    other = Sample(2)
+    other.merge(sample)
+    assert torch.equal(other.rows, sample.rows)
+    sample.merge(other)
+    assert len(sample.rows) <= Sample.LIMIT and sample.tokens == 2 * len(x)

@@ -18,7 +18,7 @@ from trifold.compress.progress import Reporter
 from trifold.compress.proof import compare_logits
 from trifold.compress.recipe import Recipe
 from trifold.core.families import FOLDS, topology_of
-from trifold.core.scheme import InputScheme, fake_quantize_per_token
+from trifold.core.inputs import InputScheme, round_input
 from trifold.core.topology import find_blocks
 from trifold.kernels import PackedLinear
 
@@ -54,9 +54,7 @@ def dense_logits(packed):
                 linear.bias.data = module.bias.data
             if module.spec.get("input"):
                 scheme = InputScheme(module.spec["input"]["bits"])
-                linear.register_forward_pre_hook(
-                    lambda _, args, scheme=scheme: fake_quantize_per_token(args[0], scheme)
-                )
+                linear.register_forward_pre_hook(lambda _, args, scheme=scheme: round_input(args[0], scheme))
             packed.set_submodule(name, linear)
     return logits(packed)
 

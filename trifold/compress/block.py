@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -298,7 +298,11 @@ class BlockCompressor:
         weight = canonical.dequantize()
         set_weight(module, weight)
         if plan.input is not None:
-            canonical = with_rounded_input(canonical, plan.input, seen.absmax)
+            rounding = plan.input
+            if rounding.static and (seen.absmax is None or not seen.absmax.any()):
+                rounding = replace(rounding, static=False)
+                self.events.setdefault(name, {})["input"] = "never used in calibration: scales are found at run time"
+            canonical = with_rounded_input(canonical, rounding, seen.absmax)
             if rounds_input(describe(canonical)):
                 self._round_input(module, canonical)
         self.done.add(self.prefix + name, canonical)
@@ -324,8 +328,11 @@ class BlockCompressor:
             y = multiply(x.float())
             return (y if bias is None else y + bias.float()).to(x.dtype)
 
+        own = vars(module).get("forward")  # set by others
         module.forward = forward
-        self._undo.append(partial(vars(module).pop, "forward", None))
+        self._undo.append(
+            partial(vars(module).pop, "forward") if own is None else partial(setattr, module, "forward", own)
+        )
 
 
 def dense_tensors(
