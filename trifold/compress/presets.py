@@ -82,11 +82,25 @@ def preset(name: str) -> dict[str, Any]:
         last["options"] = {} if method == "hqq" else {"ranges": "minmax"}
     if match["ends"]:
         steps.append(_ends(int(match["ends"])))
-    steps = [dict(step) for step in STEPS[method]]
-    base = _WEIGHT_ONLY if inputs == 16 else _WITH_INPUT
-    scheme = GRIDS[grid] if grid else {**base["scheme"], **(steps[-1].get("scheme", {}) if inputs == 16 else {})}
-    steps[-1]["scheme"] = {"bits": bits, **scheme}
-    if grid == "nf4" and method == "rtn":
-        steps[-1]["options"] = {"ranges": "minmax"}
-    if inputs != 16:
-        steps[-1] |= {"input": {"bits": inputs}, "options": {} if method == "hqq" else base["options"]}
+    return {"name": name, "steps": steps}
+
+
+def _ends(bits: int) -> dict[str, Any]:
+    scheme = {"bits": bits, "group_size": "channel" if bits >= 8 else 64, "symmetric": bits >= 8}
+    return {"name": "ends", "method": "rtn", "targets": ["embeddings", "head"], "scheme": scheme}
+
+
+def _parts(text: str, usual: str) -> tuple[str, str]:
+    """Grid, which may be empty, and method of what follows the bits."""
+    first, _, rest = text.partition("-")
+    return (first, rest or "rtn") if first in GRIDS else ("", text or usual)
+
+
+def preset_names() -> list[str]:
+    """The names that `trifold recipes` lists."""
+    names = [f"w{bits}a16-{method}" for bits in (4, 3, 2) for method in STEPS]
+    grids = ["w8a16-channel", "w8a16-fp8", *(f"w4a16-{grid}" for grid in ("channel", "nf4", "fp4"))]
+    with_gptq = [f"{name}-gptq" for name in grids if name != "w8a16-channel"]
+    rounded = ["", "-gptq", *(f"-{method}" for method in ROUNDED_STEPS), "-fp8", "-static", "-smoothquant-static"]
+    ends = ["w4a16-gptq-e8", "w4a16-gptq-e4"]
+    return [*names, "w8a16", "w8a16-gptq", *grids, *with_gptq, *(f"w8a8{name}" for name in rounded), *ends]
