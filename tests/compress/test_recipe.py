@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from tests.helpers import make_model
 from trifold.compress.plan import make_plan
@@ -344,6 +345,24 @@ def test_a_tied_pair_is_one_weight_under_any_name(target):
     tied = make_model(tie_word_embeddings=True)
     recipe = Recipe.load({"steps": [{"method": "rtn", "targets": [target]}]})
     assert list(make_plan(recipe, tied, LAYERS).layers) == ["model.embed_tokens"]
+
+
+@pytest.mark.parametrize("target", ["embeddings", "head", "lm_head"])
+def test_embeddings_that_scale_cannot_be_packed(target):
+    gemma = AutoModelForCausalLM.from_config(
+        Gemma3TextConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+    )
+    recipe = Recipe.load({"steps": [{"method": "rtn", "targets": ["blocks", target]}]})
+    with pytest.raises(RecipeError, match=r"model.embed_tokens, which shares .* lm_head, is a Gemma3TextScaled"):
+        make_plan(recipe, gemma, LAYERS)
 
 
 def test_embeddings_and_head_by_role():

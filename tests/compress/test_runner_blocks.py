@@ -208,3 +208,23 @@ def test_drift_pairs_the_dense_stream_and_not_routed_tokens():
         a.observe({stage[0]: statistics}, b)
         if stage[0].startswith("experts"):
             assert not statistics.drift.any()
+
+
+def test_states_may_change_their_dtype():
+    """Some decoders carry the residual in float32 from the first block on."""
+
+    class Widens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(8, 8, dtype=torch.bfloat16)
+
+        def forward(self, hidden):
+            return hidden.float() + self.proj(hidden.bfloat16()).float() / 3
+
+    torch.manual_seed(0)
+    block = Widens()
+    hidden = [torch.randn(2, 5, 8).bfloat16(), torch.randn(3, 5, 8).bfloat16()]
+    expected = [block(states).detach() for states in hidden]
+    runner = BlockRunner(block, linears(block), [Call((), {}, True)] * 2, [states.clone() for states in hidden])
+    for out, wanted in zip(runner.advance(), expected, strict=True):
+        assert out.dtype == torch.float32 and torch.equal(out, wanted)

@@ -57,7 +57,7 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
     outside = (blocks + ".", *beside)
     modules |= {n: m for n, m in model.named_modules() if is_embedding(m) and not f"{n}.".startswith(outside)}
     others = [name for name in modules if not name.startswith(blocks + ".")]
-    tied = _tied(model, modules)
+    tied = _tied(model)
     ends = {
         EMBEDDINGS: _name_of(model, model.get_input_embeddings()),
         HEAD: _name_of(model, model.get_output_embeddings()),
@@ -84,10 +84,10 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
                     f"{name}: both {owner[name]!r} and {step.name!r} would solve it; add it to one step's `ignore`"
                 )
             sharing = [other for other, source in tied.items() if source == name]
-            if sharing and not is_embedding(modules[name]):
-                raise RecipeError(
-                    f"{name}: shares its weight with {sharing[0]} in a way that cannot be packed; leave it out"
-                )
+            if name not in modules or (sharing and not is_embedding(modules[name])):
+                kind = type(model.get_submodule(name)).__name__
+                with_it = "".join(f", which shares its weight with {other}," for other in sharing)
+                raise RecipeError(f"{name}{with_it} is a {kind}, which cannot be packed; leave it out")
             plan = _layer_plan(step, name, modules[name], sharing)
             if plan is not None:
                 owner[name], layers[name] = step.name, plan
@@ -103,15 +103,10 @@ def _name_of(model: nn.Module, wanted: nn.Module | None) -> list[str]:
     return [name for name, module in model.named_modules() if module is wanted]
 
 
-def _tied(model: Any, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Layer -> the layer whose weight it shares and that is compressed for both: the embedding."""
+def _tied(model: Any) -> dict[str, str]:
+    """Layer -> the layer whose weight it shares."""
     pairs: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    found = {}
-    for target, source in pairs.items():
-        one, other = target.rpartition(".")[0], source.rpartition(".")[0]
-        if one in modules and other in modules:
-            found[one] = other
-    return found
+    return {target.rpartition(".")[0]: source.rpartition(".")[0] for target, source in pairs.items()}
 
 
 def _targets(step: Step, inside: list[str], others: list[str], ends: Mapping[str, list[str]]) -> list[str]:

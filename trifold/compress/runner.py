@@ -202,9 +202,17 @@ class BlockRunner:
             with self._shortcuts(batch):
                 after = call.run(self.block, self.hidden[batch])
             self._plainly |= not batch and not torch.equal(after, plain)
-            self.hidden[batch].copy_(after if batch else plain)
+            self._replace(batch, after if batch else plain)
             self._outputs[batch], self._inputs[batch] = Memory(), Memory()
         return self.hidden
+
+    def _replace(self, batch: int, after: torch.Tensor) -> None:
+        """In place, where the block keeps shape and dtype: states of all batches lie in one piece of memory."""
+        held = self.hidden[batch]
+        if held.shape == after.shape and held.dtype == after.dtype:
+            held.copy_(after)
+        else:
+            self.hidden[batch] = after
 
     @torch.no_grad()
     def sample(self, name: str, batches: int = 1) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -33,7 +33,7 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def totals(modules: Mapping[str, Spec], other: Mapping[str, tuple[int, int]], dense_item: int) -> dict[str, Any]:
     """Sizes of a checkpoint. other: name -> (elements, bytes) of tensors that belong to no compressed layer
-    (an added bias of one counts as the layer's). dense_item: bytes of a dense element.
+    (biases among them). dense_item: bytes of a dense element.
 
     bits_per_weight covers the compressed linears; model_bits_per_weight every tensor; dense_bytes is what the
     dense model would take in the same dtype.
@@ -113,12 +113,6 @@ def _others(folder: Path, modules: Mapping[str, Spec]) -> dict[str, tuple[int, i
                 count = math.prod(part.get_shape())
                 found[key] = (count, count * _ITEM_BYTES.get(part.get_dtype(), 1))
     return found
-
-
-def _packed(key: str, modules: Mapping[str, Spec]) -> bool:
-    """Whether the tensor of this name is a part of a compressed weight."""
-    name, _, leaf = key.rpartition(".")
-    return name in modules and leaf.startswith("weight")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

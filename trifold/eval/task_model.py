@@ -52,6 +52,21 @@ class LoadedModel(HFLM):
             self.batch_sizes[size] = size  # what lm-eval reports
         return len(self._batch)
 
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        for request in requests:
+            wanted = request.args[1].get("max_gen_toks", self.max_gen_toks)
+            if wanted >= self.max_length:
+                raise InputError(
+                    f"a task wants {wanted} generated tokens, the model's context is {self.max_length}; set its "
+                    "max_gen_toks lower or leave it out"
+                )
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: int | None = None, **kwargs: Any) -> Any:
+        if left_truncate_len is not None:
+            self.truncated += sum(len(self.tok_encode(text)) > left_truncate_len for text in strings)
+        return super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **kwargs)
+
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         for text, context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -30,7 +31,7 @@ def library(name: str) -> ctypes.CDLL | None:
     source = Path(__file__).parent / f"{name}.c"
     try:
         return ctypes.CDLL(str(_built(source, compiler)))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):
         return None
 
 
@@ -47,7 +48,9 @@ def _built(source: Path, compiler: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             built = Path(folder) / target.name
-            subprocess.run([compiler, *FLAGS, str(source), "-o", str(built), "-lm"], check=True, capture_output=True)
+            subprocess.run(
+                [*shlex.split(compiler), *FLAGS, str(source), "-o", str(built), "-lm"], check=True, capture_output=True
+            )
             os.replace(built, target)  # whole or not at all, whoever else builds it
     return target
 
