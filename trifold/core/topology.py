@@ -60,7 +60,7 @@ class Topology:
     head_dim: int = 0
 
 
-def text_decoder(model: Any) -> tuple[str, nn.Module]:
+def text_decoder(model: Any) -> tuple[str, Any]:
     """Path and module of the part that maps token embeddings to hidden states; the model itself if it has no
     part of that kind."""
     decoder = model.get_decoder() if callable(getattr(model, "get_decoder", None)) else None

@@ -12,7 +12,8 @@ def auto_class(config: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
-    causal, multimodal = AutoModelForCausalLM._model_mapping, AutoModelForMultimodalLM._model_mapping
+    causal: Any = AutoModelForCausalLM._model_mapping
+    multimodal: Any = AutoModelForMultimodalLM._model_mapping
     if type(config) not in multimodal:
         return AutoModelForCausalLM
     named = multimodal[type(config)].__name__ in (config.architectures or ())
