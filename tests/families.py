@@ -6,9 +6,11 @@ Where a family's blocks differ (attention types, dense and expert layers), both 
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from tests.helpers import COMMON
+from trifold.kernels import PackedLinear
 
 SMALL = {
     **COMMON,
@@ -207,6 +209,7 @@ VISION = {
         "text_config": TEXT | {"model_type": "gemma", "head_dim": 8},
         "vision_config": PIXELS | {"model_type": "siglip_vision_model", "projection_dim": 32},
         "image_token_index": IMAGE,
+        "projection_dim": 32,
     },
     "qwen2_vl": {
         "text_config": MROPE,
@@ -285,5 +288,50 @@ def randomise(model, seed):
             if parameter.dim() == 1:
                 noise = torch.randint(-16, 17, parameter.shape, generator=generator) / 64
                 parameter.copy_((parameter * 64).round() / 64 + noise)
-            elif parameter.dim() == 2:
+            elif parameter.dim() == 2 and parameter.any():
                 parameter.mul_(4)
+            elif parameter.dim() == 2:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def with_image(name, seed):
+    """Inputs of a model that sees: a random image of 16 x 16 between words."""
+    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    parts = {"gemma3": 4, "idefics3": 4, "internvl": 4, "mistral3": 4, "mllama": 1, "smolvlm": 4}.get(name, 16)
+    inputs = {"pixel_values": pixels}
+    if name.startswith("qwen"):
+        parts = 4
+        inputs = {"pixel_values": pixels.tile(2).reshape(16, 96), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    elif name in ("idefics3", "smolvlm"):
+        inputs = {"pixel_values": pixels[None]}
+    elif name == "mistral3":
+        inputs["image_sizes"] = torch.tensor([[16, 16]])
+    elif name == "mllama":
+        one = torch.ones(1, 1, dtype=torch.int64)
+        inputs = {"pixel_values": pixels[None, None], "aspect_ratio_ids": one, "aspect_ratio_mask": one[None]}
+        inputs["cross_attention_mask"] = torch.ones(1, 8 + parts - 1, 1, 1)
+    ids = torch.tensor([[3, 4, 122, *[IMAGE] * parts, 123, 5, 6, 7]])
+    if name.startswith("qwen"):
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+    return {"input_ids": ids, **inputs}
+
+
+def rounded(x):
+    """Every token to 8 bits by its largest magnitude."""
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    return (x / scale).round() * scale
+
+
+def unpacked(model):
+    """The same model on plain linears, with the weights that the packed ones stand for; it is changed itself."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            weight = module.dequantize()
+            linear = nn.Linear(weight.shape[1], weight.shape[0], module.bias is not None)
+            linear.weight.data = weight
+            if module.bias is not None:
+                linear.bias.data = module.bias.data
+            if module.spec.get("input"):
+                linear.register_forward_pre_hook(lambda _, args: rounded(args[0]))
+            model.set_submodule(name, linear)
+    return model

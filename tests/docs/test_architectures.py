@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+import transformers
 
-from tests.families import FAMILIES, make_family
+from tests.families import FAMILIES, make_family, unpacked
 from trifold.compress.pipeline import Options, run
 from trifold.compress.progress import Reporter
 from trifold.compress.proof import compare_logits
 from trifold.compress.recipe import Recipe
 from trifold.core.families import FOLDS, topology_of
-from trifold.core.inputs import InputScheme, round_input
 from trifold.core.topology import find_blocks
 from trifold.kernels import PackedLinear
 
@@ -43,22 +42,6 @@ def logits(model):
     return model(input_ids=TOKENS, use_cache=False).logits
 
 
-def dense_logits(packed):
-    """Of a plain model with the weights that the packed layers stand for."""
-    for name, module in list(packed.named_modules()):
-        if isinstance(module, PackedLinear):
-            weight = module.dequantize()
-            linear = nn.Linear(weight.shape[1], weight.shape[0], module.bias is not None)
-            linear.weight.data = weight
-            if module.bias is not None:
-                linear.bias.data = module.bias.data
-            if module.spec.get("input"):
-                scheme = InputScheme(module.spec["input"]["bits"])
-                linear.register_forward_pre_hook(lambda _, args, scheme=scheme: round_input(args[0], scheme))
-            packed.set_submodule(name, linear)
-    return logits(packed)
-
-
 def compress(folder, recipe, output):
     reporter = Notices()
     settings = ["nsamples=6", "seqlen=16", *(["grid=5"] if recipe.endswith("awq") else [])]
@@ -78,9 +61,9 @@ def test_a_family_through_every_recipe(family, tmp_path):
         found = logits(packed)
         if recipe == RECIPES[0]:
             row = describe(family, model, packed)
-        compare_logits(found, dense_logits(packed), exact=recipe != "w8a8")
+        compare_logits(found, logits(unpacked(packed)), exact=recipe != "w8a8")
         errors[recipe] = float((found - expected).norm() / expected.norm())
-    assert errors["w8a16"] < errors["w8a8"] < 0.2 and errors["w4a16-awq"] < 2 * errors["w4a16-gptq"] < 1.3
+    assert errors["w8a16"] < 0.1 and errors["w8a8"] < 0.2 and errors["w4a16-awq"] < 2 * errors["w4a16-gptq"] < 1.3
     assert any("no folds are known" in line for line in heard) == (family not in FOLDS)
     check(family, row)
 
@@ -93,10 +76,12 @@ def describe(family, model, packed):
         return sorted({name.removeprefix(blocks).split(".", 2)[2] for name in names if name.startswith(blocks)})
 
     compressed = [name for name, module in packed.named_modules() if isinstance(module, PackedLinear)]
-    dense = {name: p for name, p in packed.named_parameters() if p.dim() > 1}
+    dense = {name for name, p in packed.named_parameters() if p.dim() > 1}
     experts = [name for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name]
-    left = [name for name in experts if name in dense]
-    kinds = Counter(fold.kind for fold in topology_of(model.config).folds)
+    left = dense & set(experts)
+    layers = [set(dict(block.named_modules())) for block in model.get_submodule(blocks)]
+    folds = [f for f in topology_of(model.config).folds if any({f.producer, *f.consumers} <= s for s in layers)]
+    kinds = Counter(fold.kind for fold in folds)
     cells = [
         family,
         type(model).__name__,
@@ -105,7 +90,7 @@ def describe(family, model, packed):
         ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
         f"{len(inside(experts)) - len(inside(left))} of {len(inside(experts))}" if experts else "",
         ", ".join(RECIPES),
-        ", ".join(f"`{name.removesuffix('.weight')}`" for name in inside(dense.keys() - set(experts))),
+        ", ".join(f"`{name.removesuffix('.weight')}`" for name in inside(n for n in dense if ".experts." not in n)),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -119,6 +104,8 @@ def table():
 
 def check(family, row):
     before, rows, behind = table()
+    if f"transformers {'.'.join(transformers.__version__.split('.')[:2])}." not in before:
+        return  # in other versions some classes have other layers, such as the router of Jamba
     if os.environ.get("TRIFOLD_WRITE_TABLES"):
         rows[family] = row
         PAGE.write_text(before + "".join(f"{rows[name]}\n" for name in sorted(rows)) + behind)

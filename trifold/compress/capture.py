@@ -121,12 +121,15 @@ def capture_calls(model: Any, blocks: nn.ModuleList, ids: torch.Tensor) -> Captu
         if written != [p._version for p in blocks.parameters()]:
             raise InputError(f"{type(model).__name__}: it changes the weights of its blocks when it runs")
         order = [index for index, _, _ in seen]
-        if problem is None and order and order == sorted(set(order)):
-            if all(torch.equal(hidden, seen[0][1]) for _, hidden, _ in seen):
+        if problem is None and (not order or order != sorted(set(order))):
+            problem = ValueError(f"called in the order {order}")
+        if problem is None:
+            if all(hidden is seen[0][1] or torch.equal(hidden, seen[0][1]) for _, hidden, _ in seen):
                 calls = {index: call for index, _, call in seen}
                 missing = Call((), {}, True, skipped=True)
                 return Captured(seen[0][1], [calls.get(index, missing) for index in range(len(real))], arity)
-            problem = ValueError("hidden states are changed between blocks")
+            if all(hidden.shape == seen[0][1].shape for _, hidden, _ in seen):
+                raise InputError(f"{type(model).__name__}: hidden states are changed between its blocks")
     raise InputError(f"{type(model).__name__}: its blocks cannot be run one by one ({problem!r})")
 
 
