@@ -44,7 +44,7 @@ def logits(model):
 
 def compress(folder, recipe, output):
     reporter = Notices()
-    settings = ["nsamples=6", "seqlen=16", *(["grid=5"] if recipe.endswith("awq") else [])]
+    settings = ["nsamples=6", "seqlen=16", *(["awq.grid=5"] if recipe.endswith("awq") else [])]
     recipe = Recipe.load(recipe).updated(settings)
     run(folder, recipe, None if recipe.data_free else SAMPLES, output, Options(), reporter)
     return reporter.heard
