@@ -82,7 +82,7 @@ def test_folder_without_config(refused, text, tmp_path):
     ("config", "kind"),
     [
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "BertForMaskedLM"),
-        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "t5"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "T5ForCond"),
         ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequence"),
     ],
 )

@@ -80,7 +80,7 @@ def test_damage_is_named(tmp_path, tiny):
     save_file(tensors, out / "model.safetensors")
     config["quantization_config"]["modules"][LAYER]["grid"] = "fp8_e5m2"
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RecipeError, match="unknown grid 'fp8_e5m2'"):
+    with pytest.raises(CheckpointError, match="unknown grid 'fp8_e5m2'"):
         trifold.load(out)
 
 
