@@ -42,7 +42,7 @@ def build(tasks: Iterable[str | os.PathLike[str]], tasks_path: Sequence[str | os
     names: list[str] = []
     files: dict[str, Path] = {}
     for each in tasks:
-        path = Path(each).expanduser()
+        path = Path(each or os.devnull).expanduser()  # "" is not the working directory
         if path.is_dir() and next(path.rglob("*.yaml"), None):
             folders.append(path.resolve())
             names += _top_level(_definitions(path))
