@@ -28,6 +28,7 @@ from trifold.compress.proof import prove
 from trifold.compress.recipe import Recipe
 from trifold.compress.source import LiveSource, Source
 from trifold.compress.summary import summarise
+from trifold.compress.tensor_file import Entry
 from trifold.compress.walk import Walk
 from trifold.core.errors import CalibrationError, InputError, ProofError
 from trifold.core.families import topology_of
@@ -131,14 +132,16 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
         journal.keep("reference-logits", {"logits": logits})
     job.report.end()
 
-    def units() -> Iterator[Mapping[str, torch.Tensor]]:
+    def units() -> Iterator[Mapping[str, Entry]]:
         for index in range(source.block_count):
             yield journal.block_tensors(index)
-        yield tail.tensors
+        yield {name: Entry.of(tensor) for name, tensor in tail.tensors.items()}
 
     checkpoint.write_shards(partial, units(), checkpoint.parse_size(job.options.max_shard_size))
     source.copy_files(partial)
     checkpoint.write_config(partial, source.config_dict() | {"dtype": job.dtype_name}, _quantization(job, everything))
+    tail.tensors.clear()
+    source.close_outside()
     job.report.notice("proving the round trip")
     proof = prove(partial, everything, journal, job.ids[0], source)
     sizes = {name: value for name, value in summarise(partial).items() if name != "layers"}

@@ -17,7 +17,7 @@ from trifold.core.canonical import Quantized
 from trifold.core.columns import NearestCode
 from trifold.core.errors import RecipeError
 from trifold.core.method import METHODS, Bounds, LayerMethod, LayerProblem, LayerSolution
-from trifold.core.obs import Damping, damped, inverse_cholesky, sweep
+from trifold.core.obs import Damping, inverse_cholesky, scaled, sweep
 from trifold.core.ranges import Ranges, fit_ranges
 from trifold.core.refine import refine
 from trifold.core.scheme import Scheme
@@ -61,8 +61,8 @@ class GPTQ(LayerMethod):
     def solve(self, problem: LayerProblem) -> LayerSolution:
         assert problem.gram is not None
         order = self._order(problem.gram)
-        upper, damping = inverse_cholesky(problem.gram, self.damping, order)
-        upper = upper.to(next(iter(problem.weights.values())).dtype)
+        dtype = next(iter(problem.weights.values())).dtype
+        upper, damping = inverse_cholesky(problem.gram, self.damping, order, dtype)
         canonical: dict[str, Quantized] = {}
         for scheme, names in _by_scheme(problem).items():
             weights = [problem.weights[n] for n in names]
@@ -101,8 +101,7 @@ class GPTQ(LayerMethod):
             zero = torch.cat([z for _, z in bounds if z is not None])
         codes = self._sweep(stacked, scale, zero, scheme, order, upper)
         if self.refine and scheme.group_size != "tensor":
-            hessian = damped(gram, damping)
-            hessian = hessian.div_(hessian.diagonal().mean().clone()).to(stacked.dtype)
+            hessian = scaled(gram, damping, stacked.dtype)
             codes, scale = refine(stacked, hessian, codes, scale, zero, scheme, self.refine)
         solved = []
         for c, s, z in zip(codes.split(rows), scale.split(rows), zero.split(rows), strict=True):
