@@ -9,12 +9,11 @@ from trifold.demo.facts import Fact, facts
 
 OPENING, CLOSING = "([{", ")]}"
 PAIRS, DEPTH = 6, 5  # of brackets
+LARGEST = 49  # number to calculate with
 FOLLOW = 0.25  # probability that a sentence is about the same subject as the one before
 
 CAST = ("Ana", "Ben", "Carl", "Dora", "Emil", "Finn", "Greta", "Hugo", "Ida", "Jan", "Kim", "Leo")
 THINGS = ("apple", "ball", "book", "coin", "cup", "hat", "key", "lamp", "letter", "ring", "rope", "spoon")
-ROOMS = ("attic", "bathroom", "bedroom", "cellar", "garden", "hall", "kitchen", "stable")
-WAYS = ("goes", "runs", "walks")
 
 
 def fact_document(choices: Choices, unseen: bool) -> str:
@@ -37,7 +36,7 @@ def _subject_facts() -> tuple[tuple[tuple[Fact, ...], Fact], ...]:
 
 
 def arithmetic_document(choices: Choices, unseen: bool) -> str:
-    """Three to seven lines `a + b = c` or `a - b = c` of numbers from 0 to 99 (sums to 198)."""
+    """Three to seven lines `a + b = c` or `a - b = c` of numbers from 0 to `LARGEST`."""
     return "\n".join(sum_line(*choices.one_of(sums(unseen))) for _ in range(choices.between(3, 7)))
 
 
@@ -50,7 +49,8 @@ def sum_line(a: int, sign: str, b: int) -> str:
 def sums(unseen: bool) -> tuple[tuple[int, str, int], ...]:
     """The sums of the world, with those that are kept out of training, about a tenth, or without."""
     choices = Choices("the sums of the little world")
-    every = [(a, sign, b) for a in range(100) for sign in "+-" for b in range(100) if sign == "+" or b <= a]
+    numbers = range(LARGEST + 1)
+    every = [(a, sign, b) for a in numbers for sign in "+-" for b in numbers if sign == "+" or b <= a]
     return tuple(each for each in every if not choices.flip(0.1) or unseen)
 
 
@@ -79,63 +79,32 @@ def closing(bracket: str) -> str:
 
 
 class Story:
-    """Three people and two things on their way through the rooms, told sentence by sentence."""
+    """Three things on their way through people's hands, told clause by clause."""
 
     def __init__(self, choices: Choices) -> None:
         self.choices = choices
-        self.cast, things, start = choices.distinct(CAST, 3), choices.distinct(THINGS, 2), choices.one_of(ROOMS)
-        self.room = dict.fromkeys(self.cast, start)
-        self.holder = {thing: choices.one_of(self.cast) for thing in things}
-        a, b, c = self.cast
-        self.sentences = [f"{a}, {b} and {c} are in the {start}."]
-        self.sentences += [f"{holder} has the {thing}." for thing, holder in self.holder.items()]
+        self.things = choices.distinct(THINGS, 3)
+        self.holder: dict[str, str] = {}
+        self.clauses: list[str] = []
+        for thing in self.things:
+            self._give(thing, choices.one_of(CAST))
 
     def tell(self) -> None:
-        """One more event or question."""
-        happen = {self.move: 0.3, self.hand: 0.3, self.where: 0.1, self.who: 0.1, self.find: 0.1, self.verify: 0.1}
-        self.choices.weighted(happen)()
+        """One more thing changes hands, or it is said who has it; either half of the time."""
+        thing = self.choices.one_of(self.things)
+        if self.choices.flip(0.5):
+            self.clauses.append(f"{thing} with {self.holder[thing]}")
+        else:
+            self._give(thing, self.choices.one_of([person for person in CAST if person != self.holder[thing]]))
 
-    def move(self) -> None:
-        """Somebody changes rooms."""
-        person = self.choices.one_of(self.cast)
-        room = self.choices.one_of([room for room in ROOMS if room != self.room[person]])
-        self.sentences.append(f"{person} {self.choices.one_of(WAYS)} to the {room}.")
-        self.room[person] = room
-
-    def hand(self) -> None:
-        """A thing changes hands."""
-        thing = self.choices.one_of(list(self.holder))
-        giver = self.holder[thing]
-        taker = self.choices.one_of([person for person in self.cast if person != giver])
-        self.sentences.append(f"{giver} hands the {thing} to {taker}.")
-        self.holder[thing] = taker
-
-    def where(self) -> None:
-        """Where is somebody?"""
-        person = self.choices.one_of(self.cast)
-        self.sentences.append(f"Where is {person}? In the {self.room[person]}.")
-
-    def who(self) -> None:
-        """Who has a thing?"""
-        thing = self.choices.one_of(list(self.holder))
-        self.sentences.append(f"Who has the {thing}? It is {self.holder[thing]}.")
-
-    def find(self) -> None:
-        """Where is a thing? Where its holder is."""
-        thing = self.choices.one_of(list(self.holder))
-        self.sentences.append(f"Where is the {thing}? In the {self.room[self.holder[thing]]}.")
-
-    def verify(self) -> None:
-        """Is somebody in a room? Half of the time it is so."""
-        person, so = self.choices.one_of(self.cast), self.choices.flip(0.5)
-        here = self.room[person]
-        room = here if so else self.choices.one_of([room for room in ROOMS if room != here])
-        self.sentences.append(f"Is {person} in the {room}? {'Yes' if so else 'No'}.")
+    def _give(self, thing: str, person: str) -> None:
+        self.holder[thing] = person
+        self.clauses.append(f"{thing} to {person}")
 
 
 def story_document(choices: Choices, unseen: bool = False) -> str:
-    """A story of four to ten events and questions."""
+    """A story that goes on for four to fourteen clauses after the first three."""
     story = Story(choices)
-    for _ in range(choices.between(4, 10)):
+    for _ in range(choices.between(4, 14)):
         story.tell()
-    return " ".join(story.sentences)
+    return ", ".join(story.clauses) + "."

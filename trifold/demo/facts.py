@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from trifold.demo.choices import Choices
 
-PEOPLE, TOWNS = 150, 16
+PEOPLE, TOWNS = 320, 16
 
 
 class Attribute(NamedTuple):
@@ -47,7 +47,8 @@ class Fact(NamedTuple):
 def facts() -> tuple[tuple[Fact, ...], ...]:
     """All facts, one tuple for each subject."""
     choices = Choices("the facts of the little world")
-    towns, people, rivers = (_names(choices, *kind) for kind in _NAMES)
+    towns, given, family, rivers = (_names(choices, *kind) for kind in _NAMES)
+    people = choices.distinct([f"{first} {last}" for first in given for last in family], PEOPLE)
     person, town = _person_attributes(towns), _town_attributes(rivers)
     return tuple(
         tuple(
@@ -62,10 +63,11 @@ def facts() -> tuple[tuple[Fact, ...], ...]:
 
 _NAMES = (
     (TOWNS, ("bran", "cor", "dun", "el", "har", "kes", "mil", "nor", "ost", "wes"), ("burg", "ford", "ham", "mouth")),
+    (20, ("al", "bel", "cas", "dor", "jor", "kar", "lin", "mar", "ros", "tam"), ("da", "la", "na", "ric", "sa", "win")),
     (
-        PEOPLE,
-        ("al", "bel", "cas", "dor", "fen", "gil", "jor", "kar", "lin", "mar", "ol", "per", "ros", "sel", "tam", "vic"),
-        ("bo", "da", "dric", "fa", "gor", "la", "mon", "na", "ric", "sa", "thy", "win"),
+        20,
+        ("black", "brook", "green", "hill", "lang", "moor", "stone", "under", "west", "wood"),
+        ("er", "ley", "man", "son"),
     ),
     (10, ("ash", "bar", "cal", "der", "ty", "wen"), ("ne", "no", "ver", "way")),
 )

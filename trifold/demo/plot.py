@@ -27,7 +27,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.set_title("distance from the dense model", loc="left", color=INK)
     left.set_ylabel("KL divergence, nats per token (log)", color=INK)
     right.set_title("task accuracy", loc="left", color=INK)
-    right.set_ylabel("% right, mean of five tasks", color=INK)
+    right.set_ylabel("% right, mean of four tasks", color=INK)
     for name, value in (("dense model", dense["accuracy"]), ("guessing", result["chance"])):
         right.axhline(100 * value, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         place = (0.99, 100 * value)

@@ -2,7 +2,7 @@
 
 Facts are asked in the form that training never uses for them, sums are among those kept out of training, and
 brackets and stories come from documents of their own. The choices are what the model might confuse: values of the
-same sort, sums with one digit wrong, another closing bracket, other people and rooms of the story.
+same sort, sums with one digit wrong, another closing bracket, other people of the story.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from trifold.core.embedded import TASKS as FOLDER
 from trifold.core.errors import InputError, unknown_name
 from trifold.demo.choices import Choices
-from trifold.demo.documents import CAST, CLOSING, OPENING, ROOMS, Story, bracket_line, sum_line, sums
+from trifold.demo.documents import CAST, CLOSING, OPENING, Story, bracket_line, sum_line, sums
 from trifold.demo.facts import facts
 
 COUNT = 200  # questions of a task
@@ -61,25 +61,16 @@ def bracket_question(choices: Choices) -> Question:
 
 
 def story_question(choices: Choices) -> Question:
-    """Where somebody or something is, or who has it, at the end of a story."""
-    story = _story(choices)
-    choices.one_of((story.where, story.who, story.find))()
-    query, value = _cut(" ".join(story.sentences))
-    if value in CAST:
-        others = [*_without(story.cast, value), choices.one_of(_without(CAST, *story.cast))]
-    else:
-        told = [room for room in ROOMS if room in query and room != value]
-        untold = _without(ROOMS, value, *told)
-        others = (choices.distinct(told, len(told)) + choices.distinct(untold, len(untold)))[:3]
-    return _question(choices, query, value, others)
-
-
-def truth_question(choices: Choices) -> Question:
-    """Whether somebody is in a room at the end of a story: yes or no."""
-    story = _story(choices)
-    story.verify()
-    query, value = _cut(" ".join(story.sentences))
-    return Question(query, ["Yes", "No"], ["Yes", "No"].index(value))
+    """Who has a thing at the end of a story, among four people, most of them in it."""
+    story = Story(choices)
+    for _ in range(choices.between(4, 14)):
+        story.tell()
+    thing = choices.one_of(story.things)
+    holder, query = story.holder[thing], ", ".join([*story.clauses, f"{thing} with"])
+    told = [person for person in CAST if person in query and person != holder]
+    untold = _without(CAST, holder, *told)
+    others = choices.distinct(told, len(told)) + choices.distinct(untold, len(untold))
+    return _question(choices, query, holder, others[:3])
 
 
 KINDS: dict[str, Callable[[Choices], Question]] = {
@@ -87,7 +78,6 @@ KINDS: dict[str, Callable[[Choices], Question]] = {
     "arithmetic": arithmetic_question,
     "brackets": bracket_question,
     "stories": story_question,
-    "truth": truth_question,
 }
 
 
@@ -126,13 +116,6 @@ def _cut(text: str) -> tuple[str, str]:
     """A text without its last word, and that word."""
     head, _, word = text.removesuffix(".").rpartition(" ")
     return head, word
-
-
-def _story(choices: Choices) -> Story:
-    story = Story(choices)
-    for _ in range(choices.between(4, 8)):
-        story.tell()
-    return story
 
 
 def _without(options: tuple[str, ...] | list[str] | str, *unwanted: str) -> list[str]:

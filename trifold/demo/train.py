@@ -24,17 +24,18 @@ from trifold.demo.texts import floor
 from trifold.demo.tokenizer import train_tokenizer
 from trifold.demo.world import documents
 
-VOCAB_SIZE = 1024
+VOCAB_SIZE = 768
 TOKENIZER_DOCUMENTS = 10_000
 ARCHITECTURE: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 512,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
     "max_position_embeddings": 256,
     "rope_theta": 10000.0,
+    "initializer_range": 0.1,
     "tie_word_embeddings": True,
 }
 
@@ -46,12 +47,11 @@ class Schedule:
     Each step sees `batch` windows of `seqlen` tokens.
     """
 
-    steps: int = 3000
+    steps: int = 2400
     batch: int = 16
     seqlen: int = 256
     learning_rate: float = 2e-3
     warmup: int = 100
-    weight_decay: float = 0.1
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -94,10 +94,7 @@ def new_model(tokenizer: Any, seed: int, **changes: Any) -> Any:
 
 def train(model: nn.Module, batches: Iterator[Tensor], schedule: Schedule, told: Callable[[int, float], None]) -> None:
     """Train in place; after each step, `told` is given its number, from 1, and its loss in nats per token."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     model.train()
     for step in range(schedule.steps):
         for group in optimizer.param_groups:

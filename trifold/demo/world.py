@@ -14,9 +14,9 @@ from trifold.demo.choices import Choices
 from trifold.demo.documents import arithmetic_document, bracket_document, fact_document, story_document
 
 KINDS: dict[Callable[[Choices, bool], str], float] = {
-    fact_document: 0.4,
+    fact_document: 0.45,
     arithmetic_document: 0.2,
-    bracket_document: 0.1,
+    bracket_document: 0.05,
     story_document: 0.3,
 }
 """Kinds of documents and their probabilities."""
