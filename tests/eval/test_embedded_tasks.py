@@ -23,7 +23,7 @@ def environment(monkeypatch):
 def by_hand(model):
     found = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(model), "dtype": "auto"},
+        model_args={"pretrained": str(model), "dtype": "float32"},
         device="cpu",
         tasks=["trifold_world"],
         task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
@@ -38,7 +38,7 @@ def test_dense_against_four_bits_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trifold.compress(NAME, "w4a16-gptq", NAME, tmp_path / "w4", nsamples=16, seqlen=256, verbosity=-1)
     code, stdout, stderr = trifold_cli(
-        *("eval", "w4", "--tasks", "demo", "--baseline", "demo", "--limit", str(LIMIT)),
+        *("eval", "w4", "--tasks", "demo", "--baseline", "demo", "--dtype", "float32", "--limit", str(LIMIT)),
         *("--bootstrap-iters", "0", "--json", "scores.json", "-q"),
     )
     assert code == 0, stderr
