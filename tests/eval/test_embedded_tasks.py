@@ -37,7 +37,7 @@ def by_hand(model):
 def test_dense_against_four_bits_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trifold.compress(NAME, "w4a16-gptq", NAME, tmp_path / "w4", nsamples=16, seqlen=256, verbosity=-1)
-    code, stdout, stderr = trifold_cli(
+    code, _, stderr = trifold_cli(
         *("eval", "w4", "--tasks", "demo", "--baseline", "demo", "--dtype", "float32", "--limit", str(LIMIT)),
         *("--bootstrap-iters", "0", "--json", "scores.json", "-q"),
     )
