@@ -1,6 +1,6 @@
 """A model of random weights in the shape of a real one, written shard by shard: for what depends on sizes alone.
 
-    python benchmarks/random_model.py OUT --layers 22
+python benchmarks/random_model.py OUT --layers 22
 """
 
 from __future__ import annotations

@@ -8,24 +8,31 @@ import torch
 
 from trifold.core.canonical import Quantized
 from trifold.core.method import METHODS, Bounds, LayerMethod, LayerProblem, LayerSolution
-from trifold.core.ranges import Ranges, expand_groups, fit_ranges, to_codes, to_stored
+from trifold.core.ranges import Ranges, expand_groups, fit_ranges, rows_at_once, to_codes, to_stored
 from trifold.core.scheme import SCALE_DTYPES, Scheme
 
 
 def quantized(codes: torch.Tensor, bounds: Bounds, scheme: Scheme) -> Quantized:
-    """codes (out, in), as `to_codes` gives them, with their ranges -> Quantized as it is stored."""
+    """codes (out, in), as `to_codes` gives them or as `to_stored` does, with their ranges -> Quantized."""
     scale, zero = bounds
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     stored_zero = None if zero is None else zero.to(dtype if scheme.zero_point == "real" else torch.uint8)
-    return Quantized(to_stored(codes, scheme), scale.to(dtype), stored_zero, scheme)
+    codes = codes if codes.dtype == torch.uint8 else to_stored(codes, scheme)
+    return Quantized(codes, scale.to(dtype), stored_zero, scheme)
 
 
 def round_to_nearest(weight: torch.Tensor, bounds: Bounds, scheme: Scheme) -> Quantized:
     """weight (out, in) float32 -> the nearest codes within the given ranges."""
     width = scheme.group_width(weight.shape[1])
-    scale, zero = (None if b is None else expand_groups(b, weight.shape, width) for b in bounds)
-    assert scale is not None
-    return quantized(to_codes(weight, scale, scheme.midpoint if zero is None else zero, scheme), bounds, scheme)
+    scale, zero = bounds
+    zero = torch.full_like(scale, scheme.midpoint) if zero is None else zero
+    rows = rows_at_once(weight.shape[1])
+    slabs = [m.split(rows) for m in (weight, *(b.expand(len(weight), -1) for b in (scale, zero)))]
+    codes = []
+    for slab, *bounds_of_slab in zip(*slabs, strict=True):
+        expanded = (expand_groups(b, slab.shape, width) for b in bounds_of_slab)
+        codes.append(to_stored(to_codes(slab, *expanded, scheme), scheme))
+    return quantized(torch.cat(codes), bounds, scheme)
 
 
 @METHODS.register("rtn")
