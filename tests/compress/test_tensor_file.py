@@ -18,6 +18,7 @@ TENSORS = {
     "f8": torch.tensor([1.0, -448.0]).to(torch.float8_e4m3fn),
     "long": torch.tensor([[2**40]]),
     "flag": torch.tensor([True, False, True]),
+    "strided": torch.arange(16, dtype=torch.int32).reshape(2, 8)[:1, :1],
 }
 
 
@@ -31,24 +32,25 @@ def test_the_library_reads_what_is_written(tmp_path):
     assert read.keys() == TENSORS.keys() and all(same(read[name], TENSORS[name]) for name in read)
 
 
-def test_the_bytes_are_those_of_the_library(tmp_path):
+def header(path):
+    """The JSON of a file, and the size of what follows."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    assert size % 8 == 0  # so that the tensors behind it are aligned
+    return json.loads(data[8 : 8 + size]), len(data) - 8 - size
+
+
+def test_the_header_is_that_of_the_library(tmp_path):
     plain = {name: tensor.contiguous() for name, tensor in TENSORS.items()}
     save_file(plain, tmp_path / "library", metadata={"format": "pt"})
     write_tensors(tmp_path / "ours", {name: Entry.of(tensor) for name, tensor in reversed(plain.items())})
-    headers, payloads = [], []
-    for name in ("library", "ours"):
-        data = (tmp_path / name).read_bytes()
-        size = int.from_bytes(data[:8], "little")
-        headers.append({k: v for k, v in json.loads(data[8 : 8 + size]).items()})
-        payloads.append(len(data) - 8 - size)
-        assert size % 8 == 0
-    assert payloads[0] == payloads[1]
-    assert [{k: v["dtype"] for k, v in h.items() if k != "__metadata__"} for h in headers][0] == {
-        k: v["dtype"] for k, v in headers[1].items() if k != "__metadata__"
+    (theirs, their_size), (ours, our_size) = (header(tmp_path / name) for name in ("library", "ours"))
+    assert ours.pop("__metadata__") == theirs.pop("__metadata__") and our_size == their_size
+    assert {name: (e["dtype"], e["shape"]) for name, e in ours.items()} == {
+        name: (e["dtype"], e["shape"]) for name, e in theirs.items()
     }
-    for name, entry in headers[1].items():
-        if name != "__metadata__":
-            assert entry["data_offsets"][0] % TENSORS[name].dtype.itemsize == 0
+    for name, entry in ours.items():
+        assert entry["data_offsets"][0] % TENSORS[name].dtype.itemsize == 0
 
 
 def test_a_tensor_is_read_only_when_it_is_written(tmp_path):

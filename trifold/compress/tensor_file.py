@@ -78,8 +78,10 @@ def write_tensors(path: Path, entries: Mapping[str, Entry]) -> None:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
-            tensor = entries[name].load().detach().cpu().contiguous()
-            if tensor.numel():
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            flat = entries[name].load().detach().cpu().reshape(-1)
+            if flat.stride(0) != 1:  # torch calls a single element contiguous whatever its stride
+                flat = flat.clone(memory_format=torch.contiguous_format)
+            if flat.numel():
+                file.write(flat.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

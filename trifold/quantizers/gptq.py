@@ -103,9 +103,10 @@ class GPTQ(LayerMethod):
             zero = torch.cat([z for _, z in bounds if z is not None])
         refines = self.refine and scheme.group_size != "tensor"
         hessian = scaled(gram, damping, stacked.dtype) if refines else None
-        found = []
-        for part in zip(*(m.split(_rows_at_once(stacked)) for m in (stacked, scale, zero)), strict=True):
-            found.append(self._solve_rows(*part, scheme, order, upper, hessian))
+        found = [
+            self._solve_rows(w, s, z, scheme, order, upper, hessian)
+            for w, s, z in zip(*(m.split(_rows_at_once(stacked)) for m in (stacked, scale, zero)), strict=True)
+        ]
         codes, scale = (torch.cat(parts) for parts in zip(*found, strict=True))
         solved = []
         for c, s, z in zip(codes.split(rows), scale.split(rows), zero.split(rows), strict=True):

@@ -29,9 +29,9 @@ def round_to_nearest(weight: torch.Tensor, bounds: Bounds, scheme: Scheme) -> Qu
     rows = rows_at_once(weight.shape[1])
     slabs = [m.split(rows) for m in (weight, *(b.expand(len(weight), -1) for b in (scale, zero)))]
     codes = []
-    for slab, *bounds_of_slab in zip(*slabs, strict=True):
-        expanded = (expand_groups(b, slab.shape, width) for b in bounds_of_slab)
-        codes.append(to_stored(to_codes(slab, *expanded, scheme), scheme))
+    for slab, s, z in zip(*slabs, strict=True):
+        s, z = (expand_groups(b, slab.shape, width) for b in (s, z))
+        codes.append(to_stored(to_codes(slab, s, z, scheme), scheme))
     return quantized(torch.cat(codes), bounds, scheme)
 
 
