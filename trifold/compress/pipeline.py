@@ -14,7 +14,14 @@ import torch
 
 from trifold.compress import checkpoint
 from trifold.compress.block import Compressed
-from trifold.compress.calibration import Calibration, default_batch_size, random_windows, text_windows
+from trifold.compress.calibration import (
+    CALIBRATION_TOKENS,
+    TOKENS_PER_BATCH,
+    Calibration,
+    default_batch_size,
+    random_windows,
+    text_windows,
+)
 from trifold.compress.files import model_folder
 from trifold.compress.folder import FolderSource
 from trifold.compress.integration.load import load, read_compressed
@@ -75,7 +82,8 @@ def prepare(
             f"{', '.join(step for step, _, _ in plan.rewrites)} cannot scale anything there"
         )
     source.check_finite()
-    size = options.batch_size or default_batch_size(windows)
+    tokens = CALIBRATION_TOKENS.get(torch.device(source.device).type, TOKENS_PER_BATCH)
+    size = options.batch_size or default_batch_size(windows, tokens)
     return Job(source, recipe, plan, windows, calibration is not None, topology, size, options, report)
 
 
