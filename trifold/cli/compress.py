@@ -17,7 +17,11 @@ from trifold.cli.output import emit, facts, json_option, level, size, with_verbo
 @click.option("--calib", metavar="FILE|DATASET", help="Calibration text: .jsonl, text file, dataset name or demo.")
 @click.option("--nsamples", type=int, help="Calibration windows.  [default: the recipe's, 128]")
 @click.option("--seqlen", type=int, help="Tokens of a window.  [default: the recipe's, 2048]")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Windows per forward pass.  [default: about 512 tokens on a CPU, 8192 on a GPU]")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Windows per forward pass.  [default: about 512 tokens on a CPU, 8192 on a GPU]",
+)
 @click.option("--device", default="auto", show_default=True)
 @click.option(
     "--dtype",

@@ -14,7 +14,7 @@ from trifold.core.native import library
 from trifold.core.scheme import SCALE_DTYPES, Scheme
 
 _KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
-_WORTH_A_THREAD = 2**18  # elements
+_WORTH_A_THREAD = 2**20  # elements
 
 
 def search_ranges(
@@ -57,9 +57,12 @@ def search_ranges(
     parts = [slice(start, min(start + share, rows)) for start in range(0, rows, share)]
     if len(parts) == 1:
         search(parts[0])
-    else:
-        with ThreadPoolExecutor(len(parts)) as pool:
-            list(pool.map(search, parts))
+        return scale, zero
+    with ThreadPoolExecutor(len(parts) - 1) as pool:
+        others = [pool.submit(search, part) for part in parts[1:]]
+        search(parts[0])
+        for other in others:
+            other.result()
     return scale, zero
 
 
