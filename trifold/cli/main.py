@@ -16,6 +16,7 @@ from trifold.cli.demo import demo
 from trifold.cli.eval import evaluate
 from trifold.cli.generate import generate
 from trifold.cli.inspect import inspect
+from trifold.cli.plan import plan
 from trifold.cli.recipes import recipes
 from trifold.core.errors import InputError, ResourceError, TrifoldError
 from trifold.core.version import VERSION
@@ -29,7 +30,7 @@ def cli() -> None:
     """Fold a language model three ways: fewer bits, fewer weights, lower rank."""
 
 
-for command in (compress, demo, evaluate, inspect, generate, recipes):
+for command in (compress, demo, evaluate, inspect, generate, plan, recipes):
     cli.add_command(command)
 
 

@@ -39,20 +39,10 @@ class FolderSource(Source):
         from transformers import AutoTokenizer
 
         self.folder, self.name, self.device = folder, name, usable_device(device)
-        config = _causal_config(folder, name, trust_remote_code)
+        config = causal_config(folder, name, trust_remote_code)
         self.files = shard_files(folder)
         self.dtype = self._stored_dtype(config) if dtype == "auto" else float_dtype(dtype)
-        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-            if part is not None:
-                part.dtype = self.dtype
-        try:
-            with torch.device("meta"):
-                self.model = auto_class(config).from_config(
-                    config, dtype=self.dtype, trust_remote_code=trust_remote_code
-                )
-        except Exception as error:  # whatever a value in config.json breaks
-            raise CheckpointError(f"{folder}/config.json: no model can be built from it ({reason(error)})") from error
-        self.model.eval()
+        self.model = meta_model(config, self.dtype, folder / "config.json", trust_remote_code)
         self.blocks = find_blocks(self.model)
         with contextlib.suppress(Exception):  # a tokenizer may fail in any way, and is not always needed
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -213,18 +203,38 @@ class FolderSource(Source):
         return json.loads((self.folder / "config.json").read_text())
 
 
-def _causal_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
-    """The config of a dense causal language model. Raises CheckpointError or InputError for anything else."""
+def meta_model(config: Any, dtype: torch.dtype, path: Path, trust_remote_code: bool = False) -> Any:
+    """The model of a config without weights, in eval mode. Raises CheckpointError naming `path`."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
+    try:
+        with torch.device("meta"):
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a value in config.json breaks
+        raise CheckpointError(f"{path}: no model can be built from it ({reason(error)})") from error
+    return model.eval()
+
+
+def _config_file(path: Path) -> Path:
+    return path if path.is_file() else path / "config.json"
+
+
+def causal_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    """The config of a dense causal language model, from its folder or a bare file.
+
+    Raises CheckpointError or InputError for anything else.
+    """
     from transformers import AutoConfig
 
-    if not (folder / "config.json").exists():
+    if folder.is_dir() and not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: no config.json, so this is not a model folder")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # validators of every kind
         if "custom code" in str(error):
             raise CheckpointError(f"{name}: the model brings its own code; --trust-remote-code runs it") from error
-        raise CheckpointError(f"{folder}/config.json: {reason(error)}") from error
+        raise CheckpointError(f"{_config_file(folder)}: {reason(error)}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method", "method unknown")

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from trifold.core.canonical import Canonical
+from trifold.core.canonical import Canonical, Dense, Quantized
 from trifold.core.inputs import InputScheme
 from trifold.core.registry import Registry
-from trifold.core.scheme import Scheme
+from trifold.core.scheme import SCALE_DTYPES, Scheme
 from trifold.core.statistics import AbsMax, AbsMean, Drift, Gram, Sample, Statistic
 from trifold.core.topology import Topology
 
@@ -142,6 +142,16 @@ class LayerMethod(Method, ABC):
     @abstractmethod
     def solve(self, problem: LayerProblem) -> LayerSolution:
         """Pure: same problem, same solution."""
+
+    def sketch(self, shape: tuple[int, int], scheme: Scheme | None) -> Canonical:
+        """A solution for a weight (out, in) on the meta device, which tells its size before there is one."""
+        if scheme is None:
+            return Dense(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+        codes = torch.empty(shape, dtype=torch.uint8, device="meta")
+        dtype = SCALE_DTYPES[scheme.scale_dtype]
+        scale = torch.empty(scheme.scale_shape(*shape), dtype=dtype, device="meta")
+        zero = None if scheme.symmetric else scale.to(dtype if scheme.zero_point == "real" else torch.uint8)
+        return Quantized(codes, scale, zero, scheme)
 
 
 class BlockMethod(Method, ABC):

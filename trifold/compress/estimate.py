@@ -1,0 +1,110 @@
+"""What a compression would write, from a model without weights: `trifold plan`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trifold.compress.files import float_dtype, model_folder
+from trifold.compress.folder import causal_config, meta_model
+from trifold.compress.plan import LayerPlan, Plan, make_plan
+from trifold.compress.recipe import Recipe
+from trifold.compress.source import tower_notice
+from trifold.compress.summary import totals
+from trifold.core.topology import find_blocks
+from trifold.formats import Spec, describe, stored_bytes
+from trifold.kernels import unstack
+
+
+@dataclass(frozen=True)
+class Component:
+    """Parts of one name in all blocks, or a part outside of them. dense_bytes: as the model has it. bytes: packed."""
+
+    parameters: int
+    dense_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """parameters: of the dense model, tied ones once. components: name -> Component. bits_per_weight,
+    model_bits_per_weight, total_bytes, dense_bytes: as a report counts them."""
+
+    parameters: int
+    blocks: int
+    layers: int
+    bits_per_weight: float
+    model_bits_per_weight: float
+    total_bytes: int
+    dense_bytes: int
+    components: dict[str, Component]
+    notices: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def spec_of(plan: LayerPlan) -> Spec:
+    """The spec that a layer will have. Where it depends on the data, as outliers do, that of a layer without."""
+    spec = describe(plan.method.sketch(plan.shape, plan.scheme))
+    return spec if plan.input is None else spec | {"input": plan.input.to_dict()}
+
+
+def estimate_model(
+    model: str | Path, recipe: Recipe, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+) -> Estimate:
+    """Sizes of the checkpoint that a recipe makes of a folder, a hub id or a bare config.json; no weight is read.
+
+    Raises CheckpointError if there is no such model, RecipeError if the recipe does not fit it.
+    """
+    path = Path(model).expanduser()
+    path = path if path.is_file() else model_folder(model)
+    config = causal_config(path, str(model), trust_remote_code)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    skeleton = meta_model(config, stored if dtype == "auto" else float_dtype(dtype), path, trust_remote_code)
+    blocks = find_blocks(skeleton)
+    return _estimate(skeleton, make_plan(recipe, skeleton, blocks), blocks)
+
+
+def _estimate(model: Any, plan: Plan, blocks: str) -> Estimate:
+    unstack(model, set(plan.layers))
+    specs = {name: spec_of(layer) for name, layer in plan.layers.items()}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    other = {
+        name: (tensor.numel(), tensor.nbytes)
+        for name, tensor in model.state_dict().items()
+        if name not in tied and name.removesuffix(".weight") not in specs
+    }
+    item, found = model.dtype.itemsize, defaultdict[str, list[int]](lambda: [0, 0, 0])
+
+    def add(name: str, parameters: int, dense: int, packed: int) -> None:
+        entry = found[_component(name, blocks)]
+        for place, value in enumerate((parameters, dense, packed)):
+            entry[place] += value
+
+    for name, (count, size) in other.items():
+        add(name, count, size, size)
+    for name, spec in specs.items():
+        count = spec["shape"][0] * spec["shape"][1]
+        add(name, count, count * item, stored_bytes(spec))
+    return Estimate(
+        parameters=sum(entry[0] for entry in found.values()),
+        blocks=len(model.get_submodule(blocks)),
+        layers=len(specs),
+        components={name: Component(*entry) for name, entry in found.items()},
+        notices=(*plan.notices, *tower_notice(model)),
+        **totals(specs, other, item),
+    )
+
+
+def _component(name: str, blocks: str) -> str:
+    """`self_attn` of `model.layers.3.self_attn.q_proj.weight`; outside the blocks the module's own name."""
+    inside = name.removeprefix(blocks + ".")
+    if inside != name:
+        return inside.split(".")[1]
+    return name.removesuffix(".weight").removesuffix(".bias")
