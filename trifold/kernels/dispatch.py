@@ -15,7 +15,7 @@ from trifold.kernels.op import Op
 from trifold.kernels.rounded_input import blockwise as rounded_blockwise
 from trifold.kernels.rounded_input import naive as rounded_naive
 from trifold.kernels.rounded_input import torch_fp8, torch_int8
-from trifold.kernels.weight_only import blockwise, dense, naive, torch_int4
+from trifold.kernels.weight_only import blockwise, cpu, dense, naive, torch_int4
 from trifold.kernels.weight_only import torch_int8 as weight_int8
 
 InputKind = Literal["as it is", "rounded", "int", "fp8_e4m3"]
@@ -31,9 +31,16 @@ class Row(NamedTuple):
     op: Op
 
 
+_CODES = ("int", "affine", "table")
+
 TABLE: tuple[Row, ...] = (
+    Row(_CODES, "as it is", "cpu", None, cpu.Compiled("amx")),
+    Row(_CODES, "as it is", "cpu", None, cpu.Compiled("avx512_bf16")),
+    Row(_CODES, "as it is", "cpu", None, cpu.Compiled("avx512")),
+    Row(_CODES, "as it is", "cpu", None, cpu.Compiled("avx2")),
     Row(("int", "affine"), "as it is", "cpu", torch.bfloat16, torch_int4.TorchInt4()),
     Row(("int",), "as it is", "cpu", torch.bfloat16, weight_int8.TorchInt8()),
+    Row(_CODES, "as it is", "cpu", None, cpu.Compiled("portable")),
     Row(("dense",), "as it is", None, None, dense.Dense()),
     Row(("low_rank",), "as it is", None, None, dense.LowRank()),
     Row(None, "as it is", None, None, blockwise.Blockwise()),

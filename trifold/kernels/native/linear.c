@@ -1,0 +1,184 @@
+/* Products with packed weights: the functions that Python calls. Compiled for an instruction set and a width of codes. */
+
+#include "float32.h"
+#include "pack.h"
+
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#elif defined(__AVX512BF16__)
+#include "bfloat16.h"
+#endif
+
+/* Whether this processor and system let the library run. */
+int ready(void)
+{
+#if defined(__AMX_BF16__)
+    return tiles_allowed();
+#else
+    return 1;
+#endif
+}
+
+typedef struct {
+    int64_t begin, end;
+} span;
+
+/* Consecutive shares of `count` tiles; what is computed of a tile does not depend on who does it. */
+INLINE span share_of(int64_t count, int64_t share, int64_t threads)
+{
+    return (span){count * share / threads, count * (share + 1) / threads};
+}
+
+#define SHARES _Pragma("omp parallel for schedule(static, 1) num_threads((int)threads) if (threads > 1)")
+
+static weight weight_of(const int64_t *shape, void *codes, const void *scale, const void *zero, const float *table)
+{
+    return (weight){shape[0], shape[1], shape[2], shape[3], shape[4], codes, scale, zero, table};
+}
+
+/* shape: rows, columns, group, kind, wide. words: (rows, row_words). */
+void pack(const int64_t *shape, const uint32_t *words, int64_t row_words, void *codes, int64_t threads)
+{
+    const weight w = weight_of(shape, codes, 0, 0, 0);
+    const int64_t bytes = row_blocks(&w) * BLOCK_BYTES;
+    SHARES
+    for (int64_t share = 0; share < threads; share++) {
+        const span s = share_of(tiles(&w), share, threads);
+        for (int64_t tile = s.begin; tile < s.end; tile++) {
+            memset(w.codes + tile * bytes, 0, (size_t)bytes);
+            for (int64_t r = 0; r < ROWS && tile * ROWS + r < w.rows; r++)
+                pack_row(&w, words + (tile * ROWS + r) * row_words, w.codes + tile * bytes, r);
+        }
+    }
+}
+
+/* The inverse; words are zero at first. */
+void restore(const int64_t *shape, uint32_t *words, int64_t row_words, void *codes, int64_t threads)
+{
+    const weight w = weight_of(shape, codes, 0, 0, 0);
+    const int64_t bytes = row_blocks(&w) * BLOCK_BYTES;
+    SHARES
+    for (int64_t share = 0; share < threads; share++) {
+        const span s = share_of(tiles(&w), share, threads);
+        for (int64_t tile = s.begin; tile < s.end; tile++)
+            for (int64_t r = 0; r < ROWS && tile * ROWS + r < w.rows; r++)
+                restore_row(&w, words + (tile * ROWS + r) * row_words, w.codes + tile * bytes, r);
+    }
+}
+
+/* Rows start .. stop - 1, start a multiple of 16, rounded to `dtype`: (stop - start, columns). */
+void dequantize(const int64_t *shape, void *codes, const void *scale, const void *zero, const float *table,
+                int64_t start, int64_t stop, void *out, int64_t dtype, int64_t threads)
+{
+    const weight w = weight_of(shape, codes, scale, zero, table);
+    const int64_t size = dtype == BFLOAT16 ? 2 : 4, first = start / ROWS, count = (stop + ROWS - 1) / ROWS - first;
+    SHARES
+    for (int64_t share = 0; share < threads; share++) {
+        const span s = share_of(count, share, threads);
+        for (int64_t i = s.begin; i < s.end; i++) {
+            const int64_t row = i * ROWS, left = stop - start - row;
+            dequantize_any(&w, first + i, left < ROWS ? left : ROWS, (uint8_t *)out + row * w.columns * size,
+                           (int)dtype, w.columns);
+        }
+    }
+}
+
+typedef enum { FLOATS, DOTS, TILES } way;
+
+static way way_of(const weight *w, int64_t tokens, int64_t dtype)
+{
+    (void)w, (void)tokens, (void)dtype;
+#if defined(__AVX512BF16__)
+    if (dtype != BFLOAT16) return FLOATS;
+    const int wide_table = w->kind == TABLE && !table_is_narrow(w);
+#if defined(__AMX_BF16__)
+    if (tokens > (wide_table ? 2 : 1)) return TILES;
+#endif
+    return wide_table ? FLOATS : DOTS;
+#else
+    return FLOATS;
+#endif
+}
+
+/* A row of x where the kernel wants it: each group filled with zeros to a multiple of `unit` columns. */
+static void place_row(const weight *w, const void *from, int64_t dtype, void *to, int floats, int64_t unit)
+{
+    const int64_t size = floats ? 4 : 2;
+    const uint16_t *halves = from;
+    uint8_t *out = to;
+    for (int64_t g = 0; g < groups(w); g++) {
+        const int64_t width = group_columns(w, g), padded = (width + unit - 1) / unit * unit, first = g * w->group;
+        if (floats && dtype == BFLOAT16)
+            for (int64_t c = 0; c < width; c++) ((float *)out)[c] = widened(halves[first + c]);
+        else
+            memcpy(out, (const uint8_t *)from + first * size, (size_t)(width * size));
+        memset(out + width * size, 0, (size_t)((padded - width) * size));
+        out += padded * size;
+    }
+}
+
+static void add_up(const weight *w, const uint16_t *x, float *sums)
+{
+    for (int64_t g = 0; g < groups(w); g++) {
+        double sum = 0;
+        for (int64_t c = g * w->group; c < g * w->group + group_columns(w, g); c++) sum += widened(x[c]);
+        sums[g] = (float)sum;
+    }
+}
+
+static int64_t padded_columns(const weight *w, int64_t unit)
+{
+    const int64_t last = groups(w) - 1, full = (w->group + unit - 1) / unit * unit;
+    return last * full + (group_columns(w, last) + unit - 1) / unit * unit;
+}
+
+/* y (tokens, rows) = x (tokens, columns) times the weight, plus bias, NULL or (rows,); all of `dtype`.
+   Returns 0, or 1 if there is no memory. */
+int linear(const int64_t *shape, void *codes, const void *scale, const void *zero, const float *table, const void *x,
+           const void *bias, void *y, int64_t tokens, int64_t dtype, int64_t threads)
+{
+    product p = {.w = weight_of(shape, codes, scale, zero, table), .tokens = tokens, .dtype = dtype};
+    const way how = way_of(&p.w, tokens, dtype);
+    const int floats = how == FLOATS;
+    const int64_t unit = how == TILES ? 32 : BLOCK, size = floats ? 4 : 2, count = tiles(&p.w);
+    const int64_t rows = how == TILES && tokens > 16 ? (tokens + 15) / 16 * 16 : tokens;
+    uint8_t *placed = 0;
+    float *sums = 0;
+    p.x = x, p.bias = bias, p.y = y, p.stride = padded_columns(&p.w, unit);
+    if (p.stride != p.w.columns || rows != tokens || (floats && dtype == BFLOAT16)) {
+        p.x = placed = malloc((size_t)(rows * p.stride * size));
+        if (!placed) return 1;
+        for (int64_t m = 0; m < tokens; m++)
+            place_row(&p.w, (const uint8_t *)x + m * p.w.columns * (dtype == BFLOAT16 ? 2 : 4), dtype,
+                      placed + m * p.stride * size, floats, unit);
+        memset(placed + tokens * p.stride * size, 0, (size_t)((rows - tokens) * p.stride * size));
+    }
+    if (!floats && p.w.kind == REAL) {
+        p.sums = sums = malloc((size_t)(tokens * groups(&p.w)) * 4);
+        if (!sums) {
+            free(placed);
+            return 1;
+        }
+        for (int64_t m = 0; m < tokens; m++)
+            add_up(&p.w, (const uint16_t *)x + m * p.w.columns, sums + m * groups(&p.w));
+    }
+    SHARES
+    for (int64_t share = 0; share < threads; share++) {
+        const span s = share_of(count, share, threads);
+        if (how == FLOATS)
+            for (int64_t tile = s.begin; tile < s.end; tile++) float_product(&p, tile);
+#if defined(__AVX512BF16__)
+        decoder d;
+        if (how == DOTS) {
+            make_decoder(&p.w, &d);
+            for (int64_t tile = s.begin; tile < s.end; tile++) dot_product(&p, &d, tile);
+        }
+#endif
+#if defined(__AMX_BF16__)
+        if (how == TILES && s.begin < s.end) amx_tiles(&p, s.begin, s.end);
+#endif
+    }
+    free(placed);
+    free(sums);
+    return 0;
+}

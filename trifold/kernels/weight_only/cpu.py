@@ -1,0 +1,193 @@
+"""Compiled products on CPUs: codes become numbers in registers, a group's sum is scaled once.
+
+Activations keep their precision: bfloat16 ones are multiplied as such (AVX512-BF16; AMX for several tokens) or exactly
+widened, float16 ones are widened, sums are float32. Integer weights are exact in bfloat16 before they are scaled, so
+nothing is rounded but sums and the result. `kernels/native/layout.h` has the layout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear, pad
+
+from trifold.core.scheme import SCALE_DTYPES, Scheme
+from trifold.formats.base import Spec
+from trifold.formats.bitstream import pack_bits, words_for
+from trifold.formats.quantized import scheme_of
+from trifold.kernels import native
+from trifold.kernels.op import Op, Tensors
+from trifold.kernels.rows import row_blocks, zero_points
+
+ROWS = 16  # of a tile
+BLOCK = 16  # columns
+_MIDPOINT, _INTEGER, _REAL, _TABLE = range(4)
+_DENSE_FROM = {torch.bfloat16: 1024, torch.float32: 64, torch.float16: 64}
+"""Number of tokens from which dequantised tiles and the platform's product are faster."""
+
+
+def _shape(spec: Spec) -> tuple[int, int, int, int, int]:
+    """Rows, columns, group, kind of zero, whether scales are float32."""
+    scheme = scheme_of(spec)
+    rows, columns = spec["shape"]
+    if scheme.table is not None:
+        kind = _TABLE
+    elif scheme.symmetric:
+        kind = _MIDPOINT
+    else:
+        kind = _INTEGER if scheme.zero_point == "integer" else _REAL
+    return rows, columns, scheme.group_width(columns), kind, int(scheme.scale_dtype != "bfloat16")
+
+
+def _tiled(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """(rows or 1, groups) -> (tiles, groups, ROWS), filled with zeros."""
+    values = pad(values.expand(rows, -1), (0, 0, 0, -rows % ROWS))
+    return values.reshape(-1, ROWS, values.shape[1]).transpose(1, 2).contiguous()
+
+
+def _rows(tiled: torch.Tensor, scheme: Scheme, rows: int) -> torch.Tensor:
+    """The inverse."""
+    values = tiled.transpose(1, 2).reshape(-1, tiled.shape[1])[:rows]
+    return values[:1].clone() if scheme.group_size == "tensor" else values.contiguous()
+
+
+class Compiled(Op):
+    """Integers of 1 to 8 bits, tables of 16 values; float32, bfloat16 and float16 activations."""
+
+    replaces = True
+
+    def __init__(self, variant: str) -> None:
+        self.variant = variant
+        self.name = f"weight_only.cpu_{variant}"  # type: ignore[misc]
+
+    def supports(self, spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
+        scheme = scheme_of(spec)
+        if dtype not in _DENSE_FROM:
+            return f"takes float32, bfloat16 and float16 activations, not {dtype}"
+        if scheme.table is not None and len(scheme.table.values) != 16:
+            return f"grid={scheme.grid!r} has not 16 values"
+        loaded = native.load(self.variant, scheme.bits)
+        return loaded if isinstance(loaded, str) else None
+
+    def _library(self, spec: Spec) -> native.Library:
+        loaded = native.load(self.variant, spec["bits"])
+        assert isinstance(loaded, native.Library)
+        return loaded
+
+    def prepare(self, tensors: Tensors, spec: Spec) -> Tensors:
+        scheme, shape = scheme_of(spec), _shape(spec)
+        rows, columns, group = shape[:3]
+        blocks = columns // group * -(-group // BLOCK) + -(-(columns % group) // BLOCK)
+        codes = torch.empty(-(-rows // ROWS) * blocks * scheme.bits * 32, dtype=torch.uint8)
+        self._library(spec).pack(shape, tensors["weight"].contiguous(), codes)
+        scale, zero = tensors["weight_scale"], zero_points(tensors, spec, slice(0, rows))
+        wide = torch.float32 if shape[4] else torch.bfloat16
+        kept = {name: t for name, t in tensors.items() if not name.startswith("weight")}
+        made = {"codes": codes, "scale": _tiled(scale.to(wide), rows), **kept}
+        if zero is not None:
+            made["zero"] = _tiled(zero.to(torch.uint8 if shape[3] == _INTEGER else wide), rows)
+        if scheme.table is not None:
+            made["table"] = torch.tensor(scheme.table.values, dtype=torch.float32, device="cpu")
+        return made
+
+    def restore(self, tensors: Tensors, spec: Spec) -> Tensors:
+        scheme, shape = scheme_of(spec), _shape(spec)
+        rows, columns = shape[:2]
+        words = torch.zeros(rows, words_for(columns, scheme.bits), dtype=torch.int32)
+        self._library(spec).restore(shape, words, tensors["codes"])
+        kept = {n: t for n, t in tensors.items() if n not in ("codes", "scale", "zero", "table")}
+        dtype = SCALE_DTYPES[scheme.scale_dtype]
+        made = {"weight": words, "weight_scale": _rows(tensors["scale"], scheme, rows).to(dtype), **kept}
+        if "zero" in tensors:
+            zero = _rows(tensors["zero"], scheme, rows)
+            integer = shape[3] == _INTEGER
+            made["weight_zero_point"] = pack_bits(zero.T, scheme.bits).T.contiguous() if integer else zero.to(dtype)
+        return made
+
+    def rows(self, tensors: Tensors, spec: Spec, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        first = start - start % ROWS
+        wanted = dtype if dtype in native.DTYPES else torch.float32
+        weight = torch.ops.trifold.dequantize_packed(*_stored(tensors, spec), self.variant, first, stop, wanted)
+        return weight[start - first :].to(dtype)
+
+    def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
+        if x.shape[0] >= _DENSE_FROM[x.dtype]:
+            return self._by_tiles(x, tensors, spec, bias)
+        if x.dtype == torch.float16:
+            return self.run(x.float(), tensors, spec, None if bias is None else bias.float()).half()
+        y: torch.Tensor = torch.ops.trifold.packed_linear(x, bias, *_stored(tensors, spec), self.variant)
+        return y
+
+    def _by_tiles(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
+        out_features, in_features = spec["shape"]
+        y = x.new_empty(x.shape[0], out_features)
+        for start, stop in row_blocks(out_features, in_features, x.device):
+            weight = self.rows(tensors, spec, start, stop, x.dtype)
+            y[:, start:stop] = linear(x, weight, None if bias is None else bias[start:stop])
+        return y
+
+
+def _stored(tensors: Tensors, spec: Spec) -> tuple[object, ...]:
+    """What the custom operators take of a weight: tensors, shape, bits."""
+    return (
+        tensors["codes"],
+        tensors["scale"],
+        tensors.get("zero"),
+        tensors.get("table"),
+        _shape(spec),
+        spec["bits"],
+    )
+
+
+_WEIGHT = "Tensor codes, Tensor scale, Tensor? zero, Tensor? table, int[] shape, int bits, str variant"
+
+
+def _packed_linear(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    table: torch.Tensor | None,
+    shape: list[int],
+    bits: int,
+    variant: str,
+) -> torch.Tensor:
+    library = native.load(variant, bits)
+    assert isinstance(library, native.Library), library
+    bias = None if bias is None else bias.contiguous()
+    return library.linear(x.contiguous(), tuple(shape), codes, scale, zero, table, bias)
+
+
+def _dequantize_packed(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    table: torch.Tensor | None,
+    shape: list[int],
+    bits: int,
+    variant: str,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    library = native.load(variant, bits)
+    assert isinstance(library, native.Library), library
+    return library.dequantize(tuple(shape), codes, scale, zero, table, (start, stop), dtype)
+
+
+torch.library.define("trifold::packed_linear", f"(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
+torch.library.define(
+    "trifold::dequantize_packed", f"({_WEIGHT}, SymInt start, SymInt stop, ScalarType dtype) -> Tensor"
+)
+torch.library.impl("trifold::packed_linear", "cpu", _packed_linear)
+torch.library.impl("trifold::dequantize_packed", "cpu", _dequantize_packed)
+
+
+@torch.library.register_fake("trifold::packed_linear")
+def _(x, bias, codes, scale, zero, table, shape, bits, variant):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], shape[0])
+
+
+@torch.library.register_fake("trifold::dequantize_packed")
+def _(codes, scale, zero, table, shape, bits, variant, start, stop, dtype):  # type: ignore[no-untyped-def]
+    return codes.new_empty(stop - start, shape[1], dtype=dtype)
