@@ -38,7 +38,7 @@ INLINE void write_numbers(const uint8_t *codes, const decoder *d, int64_t blocks
     const int64_t size = CHUNK_BLOCKS / 2 * K_BYTES; /* of a term */
     for (int64_t b = 0; b < blocks; b++, codes += BLOCK_BYTES) {
         const lanes loaded = load_lanes(codes);
-        for (int ahead = 0; ahead < BLOCK_BYTES; ahead += 64) _mm_prefetch(codes + 2048 + ahead, _MM_HINT_T0);
+        for (int ahead = 0; ahead < BLOCK_BYTES; ahead += 64) _mm_prefetch(codes + AHEAD + ahead, _MM_HINT_T1);
 #pragma GCC unroll 8
         for (int step = 0; step < BLOCK / 2; step++) {
             __m512i numbers[3];
@@ -60,8 +60,8 @@ static void write_any(const uint8_t *codes, const decoder *d, int64_t blocks, ui
     else write_numbers(codes, d, blocks, out, 0, usual);
 }
 
-/* Sums of 32 rows by up to 32 tokens over a chunk. x: (tokens, stride); numbers: of two tiles of rows. */
-INLINE void multiply(const uint16_t *x, int64_t stride, const uint8_t *numbers, int64_t apart, int64_t steps,
+/* Sums of 32 rows by up to 32 tokens over a chunk. x: two tiles of tokens, `below` apart; numbers: two of rows. */
+INLINE void multiply(const uint8_t *x, int64_t below, const uint8_t *numbers, int64_t apart, int64_t steps,
                      int terms, int wide, int tall, float *sums)
 {
     const int64_t size = CHUNK_BLOCKS / 2 * K_BYTES;
@@ -71,8 +71,8 @@ INLINE void multiply(const uint16_t *x, int64_t stride, const uint8_t *numbers, 
     _tile_zero(3);
     BARRIER;
     for (int64_t k = 0; k < steps; k++) {
-        _tile_loadd(4, x + k * 32, stride * 2);
-        if (tall) _tile_loadd(5, x + 16 * stride + k * 32, stride * 2);
+        _tile_loadd(4, x + k * K_BYTES, STEP_BYTES);
+        if (tall) _tile_loadd(5, x + below + k * K_BYTES, STEP_BYTES);
         for (int t = 0; t < terms; t++) {
             const uint8_t *at = numbers + t * size + k * K_BYTES;
             _tile_loadd(6, at, STEP_BYTES);
@@ -92,61 +92,84 @@ INLINE void multiply(const uint16_t *x, int64_t stride, const uint8_t *numbers, 
     BARRIER;
 }
 
-static void multiply_any(const uint16_t *x, int64_t stride, const uint8_t *numbers, int64_t apart, int64_t steps,
+static void multiply_any(const uint8_t *x, int64_t below, const uint8_t *numbers, int64_t apart, int64_t steps,
                          int terms, int wide, int tall, float *sums)
 {
-    if (wide && tall) multiply(x, stride, numbers, apart, steps, terms, 1, 1, sums);
-    else if (wide) multiply(x, stride, numbers, apart, steps, terms, 1, 0, sums);
-    else if (tall) multiply(x, stride, numbers, apart, steps, terms, 0, 1, sums);
-    else multiply(x, stride, numbers, apart, steps, terms, 0, 0, sums);
+    if (wide && tall) multiply(x, below, numbers, apart, steps, terms, 1, 1, sums);
+    else if (wide) multiply(x, below, numbers, apart, steps, terms, 1, 0, sums);
+    else if (tall) multiply(x, below, numbers, apart, steps, terms, 0, 1, sums);
+    else multiply(x, below, numbers, apart, steps, terms, 0, 0, sums);
 }
 
 typedef struct {
     _Alignas(64) uint8_t numbers[2][3 * CHUNK_BLOCKS / 2 * K_BYTES];
-    _Alignas(64) float sums[4][16][ROWS];
+    _Alignas(64) float sums[2][4][16][ROWS];
     _Alignas(64) float totals[PANEL_TOKENS][2][ROWS];
 } workspace;
 
-/* Tiles `tile` and, if `wide`, the next, for tokens first .. first + count - 1; x has a multiple of 16 rows unless it
-   has fewer than 16. */
+/* A chunk of group g of two tiles, and its place in a panel's tokens; first: whether it begins the totals. */
+typedef struct {
+    int64_t tile, g, token, count;
+    int wide, first;
+} chunk;
+
+/* Scale the sums of tokens m .. m + 31 of a chunk and add them to the totals. */
+INLINE void add_scaled(const product *p, const chunk *c, int64_t m, float sums[4][16][ROWS], workspace *space)
+{
+    const weight *w = &p->w;
+    const int64_t rows = c->count - m < 32 ? c->count - m : 32;
+    for (int n = 0; n <= c->wide; n++) {
+        const __m512 scale = (__m512)scale_of(w, c->tile + n, c->g);
+        for (int64_t i = 0; i < rows; i++) {
+            float *total = space->totals[m + i][n];
+            const __m512 before = c->first ? _mm512_setzero_ps() : _mm512_load_ps(total);
+            _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(sums[i / 16 * 2 + n][i % 16]), scale, before));
+        }
+    }
+}
+
+/* Subtract what is left of real zero-points times the sums of x. */
+static void subtract_rests(const product *p, const chunk *c, workspace *space)
+{
+    const weight *w = &p->w;
+    for (int n = 0; n <= c->wide; n++) {
+        const __m512 rest = _mm512_mul_ps((__m512)scale_of(w, c->tile + n, c->g), zero_rest(w, c->tile + n, c->g));
+        for (int64_t m = 0; m < c->count; m++) {
+            const __m512 all = _mm512_set1_ps(p->sums[(c->token + m) * groups(w) + c->g]);
+            float *total = space->totals[m][n];
+            _mm512_store_ps(total, _mm512_fnmadd_ps(rest, all, _mm512_load_ps(total)));
+        }
+    }
+}
+
+/* Tiles `tile` and, if `wide`, the next, for tokens first .. first + count - 1, first a multiple of 32. x: tiles of
+   16 tokens x 32 columns as `place_token` puts them. Sums are scaled after the next ones were started: what a tile
+   instruction has just stored cannot be read at once. */
 static void panel(const product *p, const decoder *from, int64_t tile, int wide, int64_t first, int64_t count,
                   int terms, workspace *space)
 {
     const weight *w = &p->w;
     const int zeros = w->kind == INTEGER || w->kind == REAL;
-    const int64_t tile_bytes = row_blocks(w) * BLOCK_BYTES;
-    const uint8_t *codes = w->codes + tile * tile_bytes;
-    const uint16_t *x = (const uint16_t *)p->x + first * p->stride;
+    const int64_t tile_bytes = row_blocks(w) * BLOCK_BYTES, below = p->stride * 32; /* bytes of 16 tokens */
+    const uint8_t *codes = w->codes + tile * tile_bytes, *x = (const uint8_t *)p->x + first / 16 * below;
     decoder d[2] = {*from, *from};
     for (int64_t g = 0; g < groups(w); g++) {
-        __m512 scale[2], rest[2];
-        for (int n = 0; n <= wide; n++) {
-            scale[n] = (__m512)scale_of(w, tile + n, g);
-            rest[n] = zeros ? begin_group(w, &d[n], tile + n, g) : _mm512_setzero_ps();
-        }
+        for (int n = 0; n <= wide && zeros; n++) set_offsets(w, &d[n], tile + n, g);
         const int64_t blocks = group_blocks(w, g);
         for (int64_t done = 0; done < blocks; done += CHUNK_BLOCKS) {
             const int64_t part = blocks - done < CHUNK_BLOCKS ? blocks - done : CHUNK_BLOCKS;
+            const chunk c = {tile, g, first, count, wide, g == 0 && done == 0};
             for (int n = 0; n <= wide; n++)
                 write_any(codes + n * tile_bytes + done * BLOCK_BYTES, &d[n], part, space->numbers[n], zeros, terms);
-            for (int64_t m = 0; m < count; m += 32) {
-                const int tall = count - m > 16;
-                multiply_any(x + m * p->stride, p->stride, space->numbers[0], sizeof space->numbers[0],
-                             (part + 1) / 2, terms, wide, tall, &space->sums[0][0][0]);
-                const int64_t rows = count - m < 32 ? count - m : 32;
-                for (int64_t i = 0; i < rows; i++)
-                    for (int n = 0; n <= wide; n++) {
-                        float *total = space->totals[m + i][n];
-                        __m512 sum = _mm512_load_ps(space->sums[i / 16 * 2 + n][i % 16]);
-                        if (w->kind == REAL && !done) {
-                            const float all = p->sums[(first + m + i) * groups(w) + g];
-                            sum = _mm512_fnmadd_ps(rest[n], _mm512_set1_ps(all), sum);
-                        }
-                        const __m512 before = g || done ? _mm512_load_ps(total) : _mm512_setzero_ps();
-                        _mm512_store_ps(total, _mm512_fmadd_ps(sum, scale[n], before));
-                    }
+            int side = 0;
+            for (int64_t m = 0; m < count; m += 32, side = !side) {
+                multiply_any(x + m / 16 * below, below, space->numbers[0], sizeof space->numbers[0], (part + 1) / 2,
+                             terms, wide, count - m > 16, &space->sums[side][0][0][0]);
+                if (m) add_scaled(p, &c, m - 32, space->sums[!side], space);
             }
-            x += (part + 1) / 2 * 32;
+            add_scaled(p, &c, (count - 1) / 32 * 32, space->sums[!side], space);
+            if (w->kind == REAL && !done) subtract_rests(p, &c, space);
+            x += (part + 1) / 2 * K_BYTES;
         }
         codes += blocks * BLOCK_BYTES;
     }

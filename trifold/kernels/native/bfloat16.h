@@ -9,7 +9,7 @@
 
 #include <immintrin.h>
 
-#define CHUNK_BLOCKS 16 /* blocks that are turned into numbers at once: they stay in the first-level cache */
+#define CHUNK_BLOCKS (BITS > 4 ? 4 : 8) /* blocks that are turned into numbers at once: they stay in the first-level cache */
 
 typedef struct {
     __m512i nibbles[2], upper[2], pairs, singles;
@@ -114,73 +114,24 @@ static int table_is_narrow(const weight *w)
     return 1;
 }
 
-/* Offsets of a group; returns what is left of real zero-points after the nearest codes were taken for them. */
-INLINE __m512 begin_group(const weight *w, decoder *d, int64_t tile, int64_t g)
+/* The codes nearest to the zero-points of a group. */
+INLINE __m512i zero_codes(__m512 zero)
 {
-    const __m512 zero = (__m512)zero_of(w, tile, g);
-    __m512i code = _mm512_cvtps_epi32(zero);
-    code = _mm512_min_epi32(_mm512_max_epi32(code, _mm512_setzero_si512()), _mm512_set1_epi32((1 << BITS) - 1));
-    const __m512 rest = _mm512_sub_ps(zero, _mm512_cvtepi32_ps(code));
-    const __m512i sixteen = _mm512_set1_epi16(16);
+    const __m512i code = _mm512_max_epi32(_mm512_cvtps_epi32(zero), _mm512_setzero_si512());
+    return _mm512_min_epi32(code, _mm512_set1_epi32((1 << BITS) - 1));
+}
+
+INLINE void set_offsets(const weight *w, decoder *d, int64_t tile, int64_t g)
+{
+    const __m512i code = zero_codes((__m512)zero_of(w, tile, g)), sixteen = _mm512_set1_epi16(16);
     const __m512i both = _mm512_or_si512(code, _mm512_slli_epi32(code, 16));
     d->offset[0] = _mm512_sub_epi16(sixteen, _mm512_and_si512(both, _mm512_set1_epi16(15)));
     d->offset[1] = _mm512_sub_epi16(sixteen, _mm512_srli_epi16(both, 4));
-    return rest;
 }
 
-INLINE void dot_tile(const product *p, const decoder *from, int64_t tile, int64_t token, int zeros, int tokens)
+/* What is left of real zero-points after codes were taken for them. */
+INLINE __m512 zero_rest(const weight *w, int64_t tile, int64_t g)
 {
-    const weight *w = &p->w;
-    const int terms = BITS > 4 ? 2 : 1, chains = tokens == 1 ? 4 : tokens == 2 ? 2 : 1;
-    const uint8_t *codes = w->codes + tile * row_blocks(w) * BLOCK_BYTES;
-    const uint16_t *x = (const uint16_t *)p->x + token * p->stride;
-    decoder d = *from;
-    __m512 total[8], sum[8][4];
-    for (int m = 0; m < tokens; m++) total[m] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < groups(w); g++) {
-        const __m512 scale = (__m512)scale_of(w, tile, g);
-        const __m512 rest = zeros ? begin_group(w, &d, tile, g) : _mm512_setzero_ps();
-        for (int m = 0; m < tokens; m++)
-            for (int c = 0; c < chains; c++) sum[m][c] = _mm512_setzero_ps();
-        for (int64_t b = group_blocks(w, g); b > 0; b--, codes += BLOCK_BYTES, x += BLOCK) {
-            const lanes loaded = load_lanes(codes);
-            for (int ahead = 0; ahead < BLOCK_BYTES; ahead += 64) _mm_prefetch(codes + 2048 + ahead, _MM_HINT_T0);
-#pragma GCC unroll 8
-            for (int step = 0; step < BLOCK / 2; step++) {
-                __m512i numbers[3];
-                numbers_of(&loaded, &d, zeros, terms, step, numbers);
-#pragma GCC unroll 8
-                for (int m = 0; m < tokens; m++) {
-                    int pair;
-                    memcpy(&pair, x + m * p->stride + 2 * step, 4);
-                    const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 2
-                    for (int t = 0; t < terms; t++)
-                        sum[m][step % chains] = _mm512_dpbf16_ps(sum[m][step % chains], (__m512bh)numbers[t], both);
-                }
-            }
-        }
-        for (int m = 0; m < tokens; m++) {
-            for (int c = 1; c < chains; c++) sum[m][0] = _mm512_add_ps(sum[m][0], sum[m][c]);
-            if (w->kind == REAL)
-                sum[m][0] = _mm512_fnmadd_ps(rest, _mm512_set1_ps(p->sums[(token + m) * groups(w) + g]), sum[m][0]);
-            total[m] = _mm512_fmadd_ps(sum[m][0], scale, total[m]);
-        }
-    }
-    for (int m = 0; m < tokens; m++) store_outputs(p, tile, token + m, (vf)total[m]);
-}
-
-INLINE void dot_tokens(const product *p, const decoder *d, int64_t tile, int zeros)
-{
-    int64_t token = 0;
-    for (; p->tokens - token >= 8; token += 8) dot_tile(p, d, tile, token, zeros, 8);
-    if (p->tokens - token >= 4) dot_tile(p, d, tile, token, zeros, 4), token += 4;
-    if (p->tokens - token >= 2) dot_tile(p, d, tile, token, zeros, 2), token += 2;
-    if (p->tokens - token >= 1) dot_tile(p, d, tile, token, zeros, 1);
-}
-
-static void dot_product(const product *p, const decoder *d, int64_t tile)
-{
-    if (p->w.kind == INTEGER || p->w.kind == REAL) dot_tokens(p, d, tile, 1);
-    else dot_tokens(p, d, tile, 0);
+    const __m512 zero = (__m512)zero_of(w, tile, g);
+    return _mm512_sub_ps(zero, _mm512_cvtepi32_ps(zero_codes(zero)));
 }

@@ -54,9 +54,7 @@ INLINE void float_tile(const product *p, int64_t tile, int64_t token, int from_t
         for (int m = 0; m < tokens; m++) sum[m][0] = sum[m][1] = (vf){0};
         for (int64_t b = group_blocks(w, g); b > 0; b--, codes += BLOCK_BYTES, x += BLOCK) {
             const planes loaded = load_planes(codes);
-            __builtin_prefetch(codes + 2048);
-            if (BITS > 2) __builtin_prefetch(codes + 2048 + 64);
-            if (BITS > 4) __builtin_prefetch(codes + 2048 + 128);
+            for (int ahead = 0; ahead < BLOCK_BYTES; ahead += 64) __builtin_prefetch(codes + AHEAD + ahead, 0, 2);
 #pragma GCC unroll 8
             for (int step = 0; step < BLOCK / 2; step++)
 #pragma GCC unroll 2

@@ -23,6 +23,7 @@
 #define ROWS 16  /* of a tile */
 #define BLOCK 16 /* columns */
 #define BLOCK_BYTES (BITS * 32)
+#define AHEAD 4096 /* bytes of codes that are asked for before they are needed */
 #define LOW (BITS >= 4 ? 4 : 0) /* bits below the pairs and singles */
 
 typedef float vf __attribute__((vector_size(64)));

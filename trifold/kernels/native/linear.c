@@ -6,7 +6,7 @@
 #if defined(__AMX_BF16__)
 #include "amx.h"
 #elif defined(__AVX512BF16__)
-#include "bfloat16.h"
+#include "dots.h"
 #endif
 
 /* Whether this processor and system let the library run. */
@@ -29,7 +29,8 @@ INLINE span share_of(int64_t count, int64_t share, int64_t threads)
     return (span){count * share / threads, count * (share + 1) / threads};
 }
 
-#define SHARES _Pragma("omp parallel for schedule(static, 1) num_threads((int)threads) if (threads > 1)")
+#define DO(words) _Pragma(#words)
+#define SHARES(n) DO(omp parallel for schedule(static, 1) num_threads((int)(n)) if ((n) > 1))
 
 static weight weight_of(const int64_t *shape, void *codes, const void *scale, const void *zero, const float *table)
 {
@@ -41,7 +42,7 @@ void pack(const int64_t *shape, const uint32_t *words, int64_t row_words, void *
 {
     const weight w = weight_of(shape, codes, 0, 0, 0);
     const int64_t bytes = row_blocks(&w) * BLOCK_BYTES;
-    SHARES
+    SHARES(threads)
     for (int64_t share = 0; share < threads; share++) {
         const span s = share_of(tiles(&w), share, threads);
         for (int64_t tile = s.begin; tile < s.end; tile++) {
@@ -57,7 +58,7 @@ void restore(const int64_t *shape, uint32_t *words, int64_t row_words, void *cod
 {
     const weight w = weight_of(shape, codes, 0, 0, 0);
     const int64_t bytes = row_blocks(&w) * BLOCK_BYTES;
-    SHARES
+    SHARES(threads)
     for (int64_t share = 0; share < threads; share++) {
         const span s = share_of(tiles(&w), share, threads);
         for (int64_t tile = s.begin; tile < s.end; tile++)
@@ -72,7 +73,7 @@ void dequantize(const int64_t *shape, void *codes, const void *scale, const void
 {
     const weight w = weight_of(shape, codes, scale, zero, table);
     const int64_t size = dtype == BFLOAT16 ? 2 : 4, first = start / ROWS, count = (stop + ROWS - 1) / ROWS - first;
-    SHARES
+    SHARES(threads)
     for (int64_t share = 0; share < threads; share++) {
         const span s = share_of(count, share, threads);
         for (int64_t i = s.begin; i < s.end; i++) {
@@ -92,29 +93,34 @@ static way way_of(const weight *w, int64_t tokens, int64_t dtype)
     if (dtype != BFLOAT16) return FLOATS;
     const int wide_table = w->kind == TABLE && !table_is_narrow(w);
 #if defined(__AMX_BF16__)
-    if (tokens > (wide_table ? 2 : 1)) return TILES;
-#endif
+    return wide_table && tokens <= 2 ? FLOATS : TILES;
+#else
     return wide_table ? FLOATS : DOTS;
+#endif
 #else
     return FLOATS;
 #endif
 }
 
-/* A row of x where the kernel wants it: each group filled with zeros to a multiple of `unit` columns. */
-static void place_row(const weight *w, const void *from, int64_t dtype, void *to, int floats, int64_t unit)
+/* A token where the kernel wants it: each group filled with zeros to a multiple of `unit` columns, floats or halves;
+   `every` 32 columns go `every` numbers further. */
+static void place_token(const weight *w, const void *from, int64_t dtype, void *to, int floats, int64_t unit,
+                        int64_t every)
 {
     const int64_t size = floats ? 4 : 2;
     const uint16_t *halves = from;
-    uint8_t *out = to;
-    for (int64_t g = 0; g < groups(w); g++) {
-        const int64_t width = group_columns(w, g), padded = (width + unit - 1) / unit * unit, first = g * w->group;
-        if (floats && dtype == BFLOAT16)
-            for (int64_t c = 0; c < width; c++) ((float *)out)[c] = widened(halves[first + c]);
-        else
-            memcpy(out, (const uint8_t *)from + first * size, (size_t)(width * size));
-        memset(out + width * size, 0, (size_t)((padded - width) * size));
-        out += padded * size;
-    }
+    int64_t at = 0;
+    for (int64_t g = 0; g < groups(w); g++)
+        for (int64_t column = 0; column < group_columns(w, g); column += unit, at += unit) {
+            const int64_t left = group_columns(w, g) - column, width = left < unit ? left : unit;
+            const int64_t first = g * w->group + column;
+            uint8_t *out = (uint8_t *)to + (at / 32 * every + at % 32) * size;
+            if (floats && dtype == BFLOAT16)
+                for (int64_t c = 0; c < width; c++) ((float *)out)[c] = widened(halves[first + c]);
+            else
+                memcpy(out, (const uint8_t *)from + first * size, (size_t)(width * size));
+            memset(out + width * size, 0, (size_t)((unit - width) * size));
+        }
 }
 
 static void add_up(const weight *w, const uint16_t *x, float *sums)
@@ -139,19 +145,27 @@ int linear(const int64_t *shape, void *codes, const void *scale, const void *zer
 {
     product p = {.w = weight_of(shape, codes, scale, zero, table), .tokens = tokens, .dtype = dtype};
     const way how = way_of(&p.w, tokens, dtype);
-    const int floats = how == FLOATS;
-    const int64_t unit = how == TILES ? 32 : BLOCK, size = floats ? 4 : 2, count = tiles(&p.w);
-    const int64_t rows = how == TILES && tokens > 16 ? (tokens + 15) / 16 * 16 : tokens;
+    const int floats = how == FLOATS, tiled = how == TILES;
+    const int64_t unit = tiled ? 32 : BLOCK, size = floats ? 4 : 2, given = dtype == BFLOAT16 ? 2 : 4;
     uint8_t *placed = 0;
     float *sums = 0;
     p.x = x, p.bias = bias, p.y = y, p.stride = padded_columns(&p.w, unit);
-    if (p.stride != p.w.columns || rows != tokens || (floats && dtype == BFLOAT16)) {
-        p.x = placed = malloc((size_t)(rows * p.stride * size));
+    if (tiled || p.stride != p.w.columns || size != given) {
+        const int64_t rows = tiled ? (tokens + 15) / 16 * 16 : tokens, movers = tokens > 32 ? threads : 1;
+        p.x = placed = aligned_alloc(64, (size_t)(rows * p.stride * size + 63) / 64 * 64);
         if (!placed) return 1;
-        for (int64_t m = 0; m < tokens; m++)
-            place_row(&p.w, (const uint8_t *)x + m * p.w.columns * (dtype == BFLOAT16 ? 2 : 4), dtype,
-                      placed + m * p.stride * size, floats, unit);
-        memset(placed + tokens * p.stride * size, 0, (size_t)((rows - tokens) * p.stride * size));
+        SHARES(movers)
+        for (int64_t share = 0; share < movers; share++) {
+            const span s = share_of(rows, share, movers);
+            for (int64_t m = s.begin; m < s.end; m++) {
+                const int64_t start = tiled ? m / 16 * 16 * p.stride + m % 16 * 32 : m * p.stride;
+                if (m < tokens)
+                    place_token(&p.w, (const uint8_t *)x + m * p.w.columns * given, dtype, placed + start * size,
+                                floats, unit, tiled ? 512 : 32);
+                else
+                    for (int64_t at = 0; at < p.stride; at += 32) memset(placed + (start + at * 16) * size, 0, 64);
+            }
+        }
     }
     if (!floats && p.w.kind == REAL) {
         p.sums = sums = malloc((size_t)(tokens * groups(&p.w)) * 4);
@@ -162,20 +176,15 @@ int linear(const int64_t *shape, void *codes, const void *scale, const void *zer
         for (int64_t m = 0; m < tokens; m++)
             add_up(&p.w, (const uint16_t *)x + m * p.w.columns, sums + m * groups(&p.w));
     }
-    SHARES
+    SHARES(threads)
     for (int64_t share = 0; share < threads; share++) {
-        const span s = share_of(count, share, threads);
+        const span s = share_of(tiles(&p.w), share, threads);
         if (how == FLOATS)
             for (int64_t tile = s.begin; tile < s.end; tile++) float_product(&p, tile);
-#if defined(__AVX512BF16__)
-        decoder d;
-        if (how == DOTS) {
-            make_decoder(&p.w, &d);
-            for (int64_t tile = s.begin; tile < s.end; tile++) dot_product(&p, &d, tile);
-        }
-#endif
 #if defined(__AMX_BF16__)
         if (how == TILES && s.begin < s.end) amx_tiles(&p, s.begin, s.end);
+#elif defined(__AVX512BF16__)
+        if (how == DOTS) dot_tiles(&p, s.begin, s.end);
 #endif
     }
     free(placed);
