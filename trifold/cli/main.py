@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from trifold.cli.build_kernels import build_kernels
 from trifold.cli.compress import compress
 from trifold.cli.eval import evaluate
 from trifold.cli.generate import generate
@@ -28,7 +29,7 @@ def cli() -> None:
     """Fold a language model three ways: fewer bits, fewer weights, lower rank."""
 
 
-for command in (compress, evaluate, inspect, generate, recipes):
+for command in (compress, evaluate, inspect, generate, recipes, build_kernels):
     cli.add_command(command)
 
 

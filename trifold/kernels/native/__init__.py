@@ -74,10 +74,11 @@ class Library:
         if not native.ready():
             raise NotCompiledError("the system does not allow its registers")
         self._linear, self._dequantize = native.linear, native.dequantize
-        self._pack, self._restore = native.pack, native.restore
+        self._pack, self._restore, self._gather = native.pack, native.restore, native.gather
         pointer, count = ctypes.c_void_p, ctypes.c_int64
         self._linear.argtypes = [pointer] * 8 + [count] * 3
         self._dequantize.argtypes = [pointer] * 5 + [count] * 2 + [pointer] + [count] * 2
+        self._gather.argtypes = [pointer] * 6 + [count, pointer, count, count]
         self._pack.argtypes = self._restore.argtypes = [pointer, pointer, count, pointer, count]
         self._dequantize.restype = self._pack.restype = self._restore.restype = None
 
@@ -135,6 +136,34 @@ class Library:
             DTYPES[dtype],
             _threads(shape),
         )
+        return out
+
+    def gather(
+        self,
+        rows: torch.Tensor,
+        shape: tuple[int, ...],
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero: _Tensor,
+        table: _Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """rows (n,) int64, contiguous, each below shape[0] -> (n, columns) of `dtype`."""
+        out = torch.empty(len(rows), shape[1], dtype=dtype)
+        failed = self._gather(
+            _array(shape),
+            codes.data_ptr(),
+            scale.data_ptr(),
+            None if zero is None else zero.data_ptr(),
+            None if table is None else table.data_ptr(),
+            rows.data_ptr(),
+            len(rows),
+            out.data_ptr(),
+            DTYPES[dtype],
+            min(_threads(shape), len(rows)),
+        )
+        if failed:
+            raise MemoryError(f"no memory to look up {len(rows)} rows")
         return out
 
     def pack(self, shape: tuple[int, ...], words: torch.Tensor, codes: torch.Tensor) -> None:

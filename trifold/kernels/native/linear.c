@@ -84,6 +84,27 @@ void dequantize(const int64_t *shape, void *codes, const void *scale, const void
     }
 }
 
+/* Some rows, as many as `wanted` has: (count, columns). Returns 0, or 1 if there is no memory. */
+int gather(const int64_t *shape, void *codes, const void *scale, const void *zero, const float *table,
+           const int64_t *wanted, int64_t count, void *out, int64_t dtype, int64_t threads)
+{
+    const weight w = weight_of(shape, codes, scale, zero, table);
+    const int64_t bytes = w.columns * (dtype == BFLOAT16 ? 2 : 4);
+    uint8_t *room = malloc((size_t)(threads * ROWS * bytes));
+    if (!room) return 1;
+    SHARES(threads)
+    for (int64_t share = 0; share < threads; share++) {
+        const span s = share_of(count, share, threads);
+        uint8_t *rows = room + share * ROWS * bytes;
+        for (int64_t i = s.begin; i < s.end; i++) {
+            dequantize_any(&w, wanted[i] / ROWS, ROWS, rows, (int)dtype, w.columns);
+            memcpy((uint8_t *)out + i * bytes, rows + wanted[i] % ROWS * bytes, (size_t)bytes);
+        }
+    }
+    free(room);
+    return 0;
+}
+
 typedef enum { FLOATS, DOTS, TILES } way;
 
 static way way_of(const weight *w, int64_t tokens, int64_t dtype)

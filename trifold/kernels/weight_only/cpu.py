@@ -54,6 +54,7 @@ class Compiled(Op):
     """Integers of 1 to 8 bits, tables of 16 values; float32, bfloat16 and float16 activations."""
 
     replaces = True
+    gathers = True
 
     def __init__(self, variant: str) -> None:
         self.variant = variant
@@ -108,6 +109,13 @@ class Compiled(Op):
         wanted = dtype if dtype in native.DTYPES else torch.float32
         weight = torch.ops.trifold.dequantize_packed(*_stored(tensors, spec), self.variant, first, stop, wanted)
         return weight[start - first :].to(dtype)
+
+    def gather(self, tensors: Tensors, spec: Spec, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if int(rows.min()) < 0 or int(rows.max()) >= spec["shape"][0]:
+            raise IndexError(f"row {int(rows.min())}..{int(rows.max())} of a table with {spec['shape'][0]}")
+        wanted = dtype if dtype in native.DTYPES else torch.float32
+        found = torch.ops.trifold.gather_packed(rows.contiguous(), *_stored(tensors, spec), self.variant, wanted)
+        return found.to(dtype)
 
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
         if x.shape[0] >= _DENSE_FROM[x.dtype]:
@@ -175,19 +183,42 @@ def _dequantize_packed(
     return library.dequantize(tuple(shape), codes, scale, zero, table, (start, stop), dtype)
 
 
+def _gather_packed(
+    rows: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    table: torch.Tensor | None,
+    shape: list[int],
+    bits: int,
+    variant: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    library = native.load(variant, bits)
+    assert isinstance(library, native.Library), library
+    return library.gather(rows, tuple(shape), codes, scale, zero, table, dtype)
+
+
 torch.library.define("trifold::packed_linear", f"(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
 torch.library.define(
     "trifold::dequantize_packed", f"({_WEIGHT}, SymInt start, SymInt stop, ScalarType dtype) -> Tensor"
 )
+torch.library.define("trifold::gather_packed", f"(Tensor rows, {_WEIGHT}, ScalarType dtype) -> Tensor")
 torch.library.impl("trifold::packed_linear", "cpu", _packed_linear)
 torch.library.impl("trifold::dequantize_packed", "cpu", _dequantize_packed)
+torch.library.impl("trifold::gather_packed", "cpu", _gather_packed)
 
 
 @torch.library.register_fake("trifold::packed_linear")
-def _(x, bias, codes, scale, zero, table, shape, bits, variant):  # type: ignore[no-untyped-def]
+def _(x, bias, codes, scale, zero, table, shape, bits, variant):
     return x.new_empty(x.shape[0], shape[0])
 
 
 @torch.library.register_fake("trifold::dequantize_packed")
-def _(codes, scale, zero, table, shape, bits, variant, start, stop, dtype):  # type: ignore[no-untyped-def]
+def _(codes, scale, zero, table, shape, bits, variant, start, stop, dtype):
     return codes.new_empty(stop - start, shape[1], dtype=dtype)
+
+
+@torch.library.register_fake("trifold::gather_packed")
+def _(rows, codes, scale, zero, table, shape, bits, variant, dtype):
+    return codes.new_empty(rows.shape[0], shape[1], dtype=dtype)
