@@ -119,11 +119,10 @@ class Library:
         zero: _Tensor,
         table: _Tensor,
         rows: tuple[int, int],
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """Rows start..stop-1, start a multiple of 16, (stop - start, columns) of `dtype`."""
+        out: torch.Tensor,
+    ) -> None:
+        """Fill `out`, (columns, stop - start) float32 or bfloat16, with rows start..stop-1, start a multiple of 16."""
         start, stop = rows
-        out = torch.empty(stop - start, shape[1], dtype=dtype)
         self._dequantize(
             _array(shape),
             codes.data_ptr(),
@@ -133,10 +132,9 @@ class Library:
             start,
             stop,
             out.data_ptr(),
-            DTYPES[dtype],
+            DTYPES[out.dtype],
             _threads(shape),
         )
-        return out
 
     def gather(
         self,

@@ -85,42 +85,36 @@ static void float_product(const product *p, int64_t tile)
     else float_tokens(p, tile, 0);
 }
 
-/* A tile's weights, rounded once to `dtype`: 16 rows of `columns`, `stride` numbers apart, as many as `count`. */
-INLINE void dequantize_tile(const weight *w, int64_t tile, int64_t count, void *out, int dtype, int64_t stride,
+/* A tile's weights, rounded once to `dtype`, column by column: `count` of its rows, columns `stride` numbers apart. */
+INLINE void dequantize_tile(const weight *w, int64_t tile, int64_t count, uint8_t *out, int dtype, int64_t stride,
                             int from_table)
 {
     const uint8_t *codes = w->codes + tile * row_blocks(w) * BLOCK_BYTES;
-    int64_t column = 0;
+    const int64_t size = dtype == BFLOAT16 ? 2 : 4;
     for (int64_t g = 0; g < groups(w); g++) {
         const vf scale = scale_of(w, tile, g), zero = from_table ? scale : zero_of(w, tile, g);
         for (int64_t left = group_columns(w, g); left > 0; left -= BLOCK, codes += BLOCK_BYTES) {
-            const int64_t width = left < BLOCK ? left : BLOCK;
             const planes loaded = load_planes(codes);
-            float values[BLOCK][ROWS];
 #pragma GCC unroll 8
             for (int step = 0; step < BLOCK / 2; step++)
 #pragma GCC unroll 2
                 for (int odd = 0; odd < 2; odd++) {
-                    vf value = value_at(&loaded, w->table, zero, from_table, step, odd) * scale;
-                    memcpy(values[2 * step + odd], &value, sizeof value);
+                    if (2 * step + odd >= left) break;
+                    const vf value = value_at(&loaded, w->table, zero, from_table, step, odd) * scale;
+                    const vh half = to_bfloat16(value);
+                    const void *from = dtype == BFLOAT16 ? (const void *)&half : (const void *)&value;
+                    if (count == ROWS) memcpy(out, from, (size_t)(ROWS * size));
+                    else memcpy(out, from, (size_t)(count * size));
+                    out += stride * size;
                 }
-            for (int64_t r = 0; r < count; r++) {
-                vf row;
-                for (int c = 0; c < BLOCK; c++) row[c] = values[c][r];
-                if (dtype == BFLOAT16) {
-                    const vh half = to_bfloat16(row);
-                    memcpy((uint16_t *)out + r * stride + column, &half, (size_t)width * 2);
-                } else {
-                    memcpy((float *)out + r * stride + column, &row, (size_t)width * 4);
-                }
-            }
-            column += width;
         }
     }
 }
 
 static void dequantize_any(const weight *w, int64_t tile, int64_t count, void *out, int dtype, int64_t stride)
 {
-    if (BITS == 4 && w->kind == TABLE) dequantize_tile(w, tile, count, out, dtype, stride, 1);
-    else dequantize_tile(w, tile, count, out, dtype, stride, 0);
+    if (BITS == 4 && w->kind == TABLE && dtype == BFLOAT16) dequantize_tile(w, tile, count, out, BFLOAT16, stride, 1);
+    else if (BITS == 4 && w->kind == TABLE) dequantize_tile(w, tile, count, out, FLOAT32, stride, 1);
+    else if (dtype == BFLOAT16) dequantize_tile(w, tile, count, out, BFLOAT16, stride, 0);
+    else dequantize_tile(w, tile, count, out, FLOAT32, stride, 0);
 }

@@ -67,7 +67,7 @@ void restore(const int64_t *shape, uint32_t *words, int64_t row_words, void *cod
     }
 }
 
-/* Rows start .. stop - 1, start a multiple of 16, rounded to `dtype`: (stop - start, columns). */
+/* Rows start .. stop - 1, start a multiple of 16, rounded to `dtype`: (columns, stop - start). */
 void dequantize(const int64_t *shape, void *codes, const void *scale, const void *zero, const float *table,
                 int64_t start, int64_t stop, void *out, int64_t dtype, int64_t threads)
 {
@@ -78,8 +78,8 @@ void dequantize(const int64_t *shape, void *codes, const void *scale, const void
         const span s = share_of(count, share, threads);
         for (int64_t i = s.begin; i < s.end; i++) {
             const int64_t row = i * ROWS, left = stop - start - row;
-            dequantize_any(&w, first + i, left < ROWS ? left : ROWS, (uint8_t *)out + row * w.columns * size,
-                           (int)dtype, w.columns);
+            dequantize_any(&w, first + i, left < ROWS ? left : ROWS, (uint8_t *)out + row * size, (int)dtype,
+                           stop - start);
         }
     }
 }
@@ -89,16 +89,18 @@ int gather(const int64_t *shape, void *codes, const void *scale, const void *zer
            const int64_t *wanted, int64_t count, void *out, int64_t dtype, int64_t threads)
 {
     const weight w = weight_of(shape, codes, scale, zero, table);
-    const int64_t bytes = w.columns * (dtype == BFLOAT16 ? 2 : 4);
-    uint8_t *room = malloc((size_t)(threads * ROWS * bytes));
+    const int64_t size = dtype == BFLOAT16 ? 2 : 4, bytes = ROWS * w.columns * size;
+    uint8_t *room = malloc((size_t)(threads * bytes));
     if (!room) return 1;
     SHARES(threads)
     for (int64_t share = 0; share < threads; share++) {
         const span s = share_of(count, share, threads);
-        uint8_t *rows = room + share * ROWS * bytes;
+        uint8_t *rows = room + share * bytes;
         for (int64_t i = s.begin; i < s.end; i++) {
-            dequantize_any(&w, wanted[i] / ROWS, ROWS, rows, (int)dtype, w.columns);
-            memcpy((uint8_t *)out + i * bytes, rows + wanted[i] % ROWS * bytes, (size_t)bytes);
+            const uint8_t *row = rows + wanted[i] % ROWS * size;
+            uint8_t *to = (uint8_t *)out + i * w.columns * size;
+            dequantize_any(&w, wanted[i] / ROWS, ROWS, rows, (int)dtype, ROWS);
+            for (int64_t c = 0; c < w.columns; c++) memcpy(to + c * size, row + c * ROWS * size, (size_t)size);
         }
     }
     free(room);

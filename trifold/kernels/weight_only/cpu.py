@@ -7,6 +7,8 @@ nothing is rounded but sums and the result. `kernels/native/layout.h` has the la
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import linear, pad
 
@@ -21,7 +23,14 @@ from trifold.kernels.rows import row_blocks, zero_points
 ROWS = 16  # of a tile
 BLOCK = 16  # columns
 _MIDPOINT, _INTEGER, _REAL, _TABLE = range(4)
-_DENSE_FROM = {torch.bfloat16: 1024, torch.float32: 64, torch.float16: 64}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DENSE_FROM = {
+    "amx": {torch.bfloat16: 1024, torch.float32: 128},
+    "avx512_bf16": {torch.bfloat16: 64, torch.float32: 128},
+    "avx512": {torch.bfloat16: 64, torch.float32: 128},
+    "avx2": {torch.bfloat16: 32, torch.float32: 32},
+    "portable": {torch.bfloat16: 16, torch.float32: 16},
+}
 """Number of tokens from which dequantised tiles and the platform's product are faster."""
 
 
@@ -62,24 +71,19 @@ class Compiled(Op):
 
     def supports(self, spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
         scheme = scheme_of(spec)
-        if dtype not in _DENSE_FROM:
+        if dtype not in _FLOATS:
             return f"takes float32, bfloat16 and float16 activations, not {dtype}"
         if scheme.table is not None and len(scheme.table.values) != 16:
             return f"grid={scheme.grid!r} has not 16 values"
         loaded = native.load(self.variant, scheme.bits)
         return loaded if isinstance(loaded, str) else None
 
-    def _library(self, spec: Spec) -> native.Library:
-        loaded = native.load(self.variant, spec["bits"])
-        assert isinstance(loaded, native.Library)
-        return loaded
-
     def prepare(self, tensors: Tensors, spec: Spec) -> Tensors:
         scheme, shape = scheme_of(spec), _shape(spec)
         rows, columns, group = shape[:3]
         blocks = columns // group * -(-group // BLOCK) + -(-(columns % group) // BLOCK)
         codes = torch.empty(-(-rows // ROWS) * blocks * scheme.bits * 32, dtype=torch.uint8)
-        self._library(spec).pack(shape, tensors["weight"].contiguous(), codes)
+        _library(self.variant, scheme.bits).pack(shape, tensors["weight"].contiguous(), codes)
         scale, zero = tensors["weight_scale"], zero_points(tensors, spec, slice(0, rows))
         wide = torch.float32 if shape[4] else torch.bfloat16
         kept = {name: t for name, t in tensors.items() if not name.startswith("weight")}
@@ -94,7 +98,7 @@ class Compiled(Op):
         scheme, shape = scheme_of(spec), _shape(spec)
         rows, columns = shape[:2]
         words = torch.zeros(rows, words_for(columns, scheme.bits), dtype=torch.int32)
-        self._library(spec).restore(shape, words, tensors["codes"])
+        _library(self.variant, scheme.bits).restore(shape, words, tensors["codes"])
         kept = {n: t for n, t in tensors.items() if n not in ("codes", "scale", "zero", "table")}
         dtype = SCALE_DTYPES[scheme.scale_dtype]
         made = {"weight": words, "weight_scale": _rows(tensors["scale"], scheme, rows).to(dtype), **kept}
@@ -108,7 +112,7 @@ class Compiled(Op):
         first = start - start % ROWS
         wanted = dtype if dtype in native.DTYPES else torch.float32
         weight = torch.ops.trifold.dequantize_packed(*_stored(tensors, spec), self.variant, first, stop, wanted)
-        return weight[start - first :].to(dtype)
+        return weight.t()[start - first :].to(dtype)
 
     def gather(self, tensors: Tensors, spec: Spec, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if int(rows.min()) < 0 or int(rows.max()) >= spec["shape"][0]:
@@ -118,23 +122,21 @@ class Compiled(Op):
         return found.to(dtype)
 
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
-        if x.shape[0] >= _DENSE_FROM[x.dtype]:
-            return self._by_tiles(x, tensors, spec, bias)
         if x.dtype == torch.float16:
             return self.run(x.float(), tensors, spec, None if bias is None else bias.float()).half()
+        if type(x) is torch.Tensor and not torch.compiler.is_compiling():  # the dispatcher takes as long as the call
+            return _packed_linear(x, bias, *_stored(tensors, spec), self.variant)
         y: torch.Tensor = torch.ops.trifold.packed_linear(x, bias, *_stored(tensors, spec), self.variant)
         return y
 
-    def _by_tiles(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
-        out_features, in_features = spec["shape"]
-        y = x.new_empty(x.shape[0], out_features)
-        for start, stop in row_blocks(out_features, in_features, x.device):
-            weight = self.rows(tensors, spec, start, stop, x.dtype)
-            y[:, start:stop] = linear(x, weight, None if bias is None else bias[start:stop])
-        return y
+
+def _library(variant: str, bits: int) -> native.Library:
+    loaded = native.load(variant, bits)
+    assert isinstance(loaded, native.Library), loaded
+    return loaded
 
 
-def _stored(tensors: Tensors, spec: Spec) -> tuple[object, ...]:
+def _stored(tensors: Tensors, spec: Spec) -> tuple[Any, ...]:
     """What the custom operators take of a weight: tensors, shape, bits."""
     return (
         tensors["codes"],
@@ -160,10 +162,18 @@ def _packed_linear(
     bits: int,
     variant: str,
 ) -> torch.Tensor:
-    library = native.load(variant, bits)
-    assert isinstance(library, native.Library), library
-    bias = None if bias is None else bias.contiguous()
-    return library.linear(x.contiguous(), tuple(shape), codes, scale, zero, table, bias)
+    library, size = _library(variant, bits), tuple(shape)
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    if x.shape[0] < _DENSE_FROM[variant][x.dtype]:
+        return library.linear(x, size, codes, scale, zero, table, bias)
+    y = x.new_empty(x.shape[0], shape[0])
+    blocks = list(row_blocks(shape[0], shape[1], x.device))
+    room = x.new_empty(shape[1] * max(stop - start for start, stop in blocks))
+    for start, stop in blocks:
+        weight = room[: shape[1] * (stop - start)].view(shape[1], -1)
+        library.dequantize(size, codes, scale, zero, table, (start, stop), weight)
+        y[:, start:stop] = linear(x, weight.t(), None if bias is None else bias[start:stop])
+    return y
 
 
 def _dequantize_packed(
@@ -178,9 +188,9 @@ def _dequantize_packed(
     stop: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    library = native.load(variant, bits)
-    assert isinstance(library, native.Library), library
-    return library.dequantize(tuple(shape), codes, scale, zero, table, (start, stop), dtype)
+    out = torch.empty(shape[1], stop - start, dtype=dtype)
+    _library(variant, bits).dequantize(tuple(shape), codes, scale, zero, table, (start, stop), out)
+    return out
 
 
 def _gather_packed(
@@ -194,9 +204,7 @@ def _gather_packed(
     variant: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    library = native.load(variant, bits)
-    assert isinstance(library, native.Library), library
-    return library.gather(rows, tuple(shape), codes, scale, zero, table, dtype)
+    return _library(variant, bits).gather(rows, tuple(shape), codes, scale, zero, table, dtype)
 
 
 torch.library.define("trifold::packed_linear", f"(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
@@ -216,7 +224,7 @@ def _(x, bias, codes, scale, zero, table, shape, bits, variant):
 
 @torch.library.register_fake("trifold::dequantize_packed")
 def _(codes, scale, zero, table, shape, bits, variant, start, stop, dtype):
-    return codes.new_empty(stop - start, shape[1], dtype=dtype)
+    return codes.new_empty(shape[1], stop - start, dtype=dtype)
 
 
 @torch.library.register_fake("trifold::gather_packed")
