@@ -77,6 +77,8 @@ def _build(command: list[str], source: Path, target: Path) -> None:
             subprocess.run([*command, str(source), "-o", str(built), "-lm"], check=True, capture_output=True)
         except (subprocess.SubprocessError, FileNotFoundError) as error:
             raise NotCompiledError(f"{command[0]} does not compile {source.name} for it") from error
+        with built.open("rb") as file:
+            os.fsync(file.fileno())  # a damaged library would end the process that loads it
         os.replace(built, target)
 
 
