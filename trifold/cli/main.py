@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from trifold.cli.bench import bench
 from trifold.cli.build_kernels import build_kernels
 from trifold.cli.compress import compress
 from trifold.cli.eval import evaluate
@@ -29,7 +30,7 @@ def cli() -> None:
     """Fold a language model three ways: fewer bits, fewer weights, lower rank."""
 
 
-for command in (compress, evaluate, inspect, generate, recipes, build_kernels):
+for command in (compress, evaluate, inspect, generate, recipes, bench, build_kernels):
     cli.add_command(command)
 
 
