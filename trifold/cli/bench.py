@@ -99,9 +99,9 @@ def _table(speeds: dict[str, list[Speed]], loading: dict[str, dict[str, float]])
                 name,
                 size(loading[name]["weight_bytes"]),
                 str(row.batch_size),
-                _compared(row.prefill_tokens_per_s, other and other.prefill_tokens_per_s),
+                _compared(row.prefill_tokens_per_s, None if other is None else other.prefill_tokens_per_s),
                 f"{row.time_to_first_token_s * 1e3:.0f} ms",
-                _compared(row.decode_tokens_per_s, other and other.decode_tokens_per_s),
+                _compared(row.decode_tokens_per_s, None if other is None else other.decode_tokens_per_s),
                 "-" if row.peak_bytes is None else size(row.peak_bytes),
             )
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,10 +71,8 @@ def _forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with contextlib.suppress(OSError):
         _CLEAR.write_text("5")
-    except OSError:
-        pass
 
 
 def _peak(device: torch.device) -> int | None:

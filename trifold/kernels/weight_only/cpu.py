@@ -7,7 +7,7 @@ nothing is rounded but sums and the result. `kernels/native/layout.h` has the la
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import linear, pad
@@ -23,6 +23,7 @@ from trifold.kernels.rows import row_blocks, zero_points
 ROWS = 16  # of a tile
 BLOCK = 16  # columns
 _MIDPOINT, _INTEGER, _REAL, _TABLE = range(4)
+_Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, Sequence[int], int]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DENSE_FROM = {
     "amx": {torch.bfloat16: 1024, torch.float32: 128},
@@ -136,7 +137,7 @@ def _library(variant: str, bits: int) -> native.Library:
     return loaded
 
 
-def _stored(tensors: Tensors, spec: Spec) -> tuple[Any, ...]:
+def _stored(tensors: Tensors, spec: Spec) -> _Stored:
     """What the custom operators take of a weight: tensors, shape, bits."""
     return (
         tensors["codes"],
@@ -158,7 +159,7 @@ def _packed_linear(
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     table: torch.Tensor | None,
-    shape: list[int],
+    shape: Sequence[int],
     bits: int,
     variant: str,
 ) -> torch.Tensor:
@@ -181,7 +182,7 @@ def _dequantize_packed(
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     table: torch.Tensor | None,
-    shape: list[int],
+    shape: Sequence[int],
     bits: int,
     variant: str,
     start: int,
@@ -199,7 +200,7 @@ def _gather_packed(
     scale: torch.Tensor,
     zero: torch.Tensor | None,
     table: torch.Tensor | None,
-    shape: list[int],
+    shape: Sequence[int],
     bits: int,
     variant: str,
     dtype: torch.dtype,
