@@ -84,7 +84,18 @@ def main() -> None:
             make(dense, args.layers)
         trifold = (sys.executable, "-m", "trifold")
         if not packed.exists():
-            run(*trifold, "compress", dense, "-r", f"w{args.bits}a16-rtn", "-o", packed, "--quiet")
+            run(
+                *trifold,
+                "compress",
+                dense,
+                "-r",
+                f"w{args.bits}a16-rtn",
+                "-o",
+                packed,
+                "--set",
+                "ranges=minmax",
+                "--quiet",
+            )
         if args.prepare:
             return
         memory = json.loads(run(sys.executable, "-c", LOAD, packed))
