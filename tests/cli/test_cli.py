@@ -291,7 +291,9 @@ def test_unknown_recipe_is_answered_with_the_nearest():
     assert (code, stdout) == (2, "") and "did you mean w4a16-gptq" in stderr
 
 
-@pytest.mark.parametrize("command", ["", "compress", "eval", "inspect", "generate", "recipes"])
+@pytest.mark.parametrize(
+    "command", ["", "compress", "eval", "inspect", "generate", "recipes", "bench", "build-kernels"]
+)
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help(command, option):
     code, stdout, stderr = trifold_cli(*filter(None, (command, option)))

@@ -60,7 +60,7 @@ def test_prompt_comes_from_the_seed(llama):
 
 
 def test_rate_is_tokens_over_seconds(llama, monkeypatch):
-    clock = iter([0.0, 100.0, 200.0, 204.0])
+    clock = iter([0.0, 50.0, 100.0, 150.0, 200.0, 204.0])  # start, first token, end of the warm-up and the run
     monkeypatch.setattr(speed_module.time, "perf_counter", lambda: next(clock))
     assert decode_speed(llama, prompt_tokens=4, new_tokens=8) == 2.0
 

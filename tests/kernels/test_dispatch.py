@@ -3,11 +3,13 @@ import torch
 from packed_samples import layer, needs_int4, needs_int8, quantized
 
 from trifold.core.canonical import Dense
+from trifold.core.errors import InputError
 from trifold.core.registry import Registry
 from trifold.formats.base import FORMATS, Format
 from trifold.kernels import PackedEmbedding, PackedLinear, explain, resolve
 from trifold.kernels.dispatch import TABLE
 
+CPU = torch.device("cpu")
 INT4 = layer(quantized(96, 160, 4, 32, False)).spec
 W8A8 = layer(quantized(96, 160, 8, "channel", False), input_bits=8).spec
 
@@ -40,9 +42,11 @@ def plain(monkeypatch):
 
 @needs_int4
 @needs_int8
-def test_choices_and_reasons():
+def test_choices_and_reasons(no_compiler):
     choice = explain(INT4, torch.bfloat16, "cpu")
-    assert (choice.op, choice.rejected) == ("weight_only.torch_int4", {})
+    assert choice.op == "weight_only.torch_int4"
+    assert all(name.startswith("weight_only.cpu_") for name in choice.rejected)
+    assert set(choice.rejected.values()) == {"there is no C compiler"}
     choice = explain(INT4, torch.float32, "cpu")
     assert choice.op == "weight_only.blockwise"
     reason = "takes torch.bfloat16 activations, not torch.float32"
@@ -66,6 +70,35 @@ def test_explain_agrees_with_resolve():
             op = resolve(spec, dtype, torch.device("cpu"))
             assert explain(spec, dtype, "cpu").op == op.name
             assert op in [row.op for row in TABLE]
+
+
+def test_a_forced_kernel_runs_or_says_why_not(monkeypatch, no_compiler):
+    module, x = layer(quantized(96, 160, 4, 32, False)), torch.ones(2, 160)
+    for name in ("weight_only.naive", "weight_only.blockwise", " weight_only.naive , rounded_input.naive"):
+        monkeypatch.setenv("TRIFOLD_KERNEL", name)
+        assert resolve(INT4, torch.float32, CPU).name == name.split(",")[0].strip()
+        assert explain(INT4, torch.bfloat16, "cpu").op == name.split(",")[0].strip()
+    assert resolve(W8A8, torch.float32, CPU).name == "rounded_input.naive"
+    monkeypatch.setenv("TRIFOLD_KERNEL", "weight_only.torch_int4")
+    with pytest.raises(
+        InputError, match=r"torch_int4 cannot run int4 g32 asym.*takes torch.bfloat16.*not torch.float32"
+    ):
+        module(x)
+    with pytest.raises(InputError, match="does not round them"):
+        resolve(W8A8, torch.bfloat16, CPU)
+    with pytest.raises(InputError, match="the tensors are shared"):
+        resolve(INT4, torch.bfloat16, CPU, in_place=True)
+    monkeypatch.setenv("TRIFOLD_KERNEL", "weight_only.cpu_amx")
+    with pytest.raises(InputError, match="there is no C compiler"):
+        module(x)
+    monkeypatch.setenv("TRIFOLD_KERNEL", "rounded_input.naive")
+    with pytest.raises(InputError, match="takes rounded activations"):
+        resolve(INT4, torch.float32, CPU)
+    monkeypatch.setenv("TRIFOLD_KERNEL", "weight_only.blokwise")
+    with pytest.raises(InputError, match=r"unknown kernel 'weight_only.blokwise'; did you mean weight_only.blockwise"):
+        resolve(INT4, torch.float32, CPU)
+    monkeypatch.setenv("TRIFOLD_KERNEL", "")
+    assert module(x).shape == (2, 96)
 
 
 def test_integer_activations_are_refused():

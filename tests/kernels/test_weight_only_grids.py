@@ -81,7 +81,7 @@ def test_a_module_keeps_its_bytes(scheme):
     assert torch.allclose(x.grad, weight.dequantize().sum(0).expand(3, 160), rtol=1e-4, atol=1e-4)
 
 
-def test_choices():
+def test_choices(no_compiler):
     for scheme in OTHERS[1:]:
         spec = layer(other(96, 160, 32, **scheme)).spec
         for dtype in DTYPES:
@@ -91,7 +91,7 @@ def test_choices():
 
 
 @needs_int4
-def test_torchs_int4_product_takes_real_zero_points():
+def test_torchs_int4_product_takes_real_zero_points(no_compiler):
     for columns, group in ((160, 32), (256, "channel"), (64, "tensor")):
         weight = other(96, columns, group, **OTHERS[0])
         module = layer(weight, bias=True)
@@ -117,7 +117,7 @@ needs_int8pack = pytest.mark.skipif(
 @needs_int8pack
 @pytest.mark.parametrize("group", ["channel", "tensor", 1000])
 @pytest.mark.parametrize("out_features, in_features", [(1, 32), (7, 64), (97, 96), (144, 160)])
-def test_torchs_int8_product_against_float64(group, out_features, in_features):
+def test_torchs_int8_product_against_float64(group, out_features, in_features, no_compiler):
     weight, op = quantized(out_features, in_features, 8, group, True), TorchInt8()
     module = layer(weight, bias=True)
     assert explain(module.spec, torch.bfloat16, "cpu").op == op.name

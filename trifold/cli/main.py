@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from trifold.cli.bench import bench
+from trifold.cli.build_kernels import build_kernels
 from trifold.cli.compress import compress
 from trifold.cli.demo import demo
 from trifold.cli.eval import evaluate
@@ -30,7 +32,7 @@ def cli() -> None:
     """Fold a language model three ways: fewer bits, fewer weights, lower rank."""
 
 
-for command in (compress, demo, evaluate, inspect, generate, plan, recipes):
+for command in (compress, demo, evaluate, inspect, generate, plan, recipes, bench, build_kernels):
     cli.add_command(command)
 
 

@@ -33,8 +33,8 @@ def decode_speed(model: nn.Module, prompt_tokens: int = 16, new_tokens: int = 64
     device = device_of(model)
     prompt = torch.randint(vocab_size, (1, prompt_tokens), generator=generator).to(device)
     with evaluating(model), torch.no_grad():
-        _decode(model, prompt, min(_WARMUP, new_tokens))
-        return new_tokens / _decode(model, prompt, new_tokens)
+        timed_decode(model, prompt, min(_WARMUP, new_tokens))
+        return new_tokens / timed_decode(model, prompt, new_tokens)[1]
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
@@ -48,21 +48,26 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # the unit of every other system is KiB
 
 
-def _decode(model: nn.Module, prompt: Tensor, new_tokens: int) -> float:
-    """Seconds for `new_tokens` steps of one token each, after the prompt."""
+def timed_decode(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds until the first token, and for `new_tokens` greedy steps of one token each after it.
+
+    prompt: (batch, tokens) ids on the model's device. Raises InputError for a model without a KV cache.
+    """
+    _synchronize(prompt.device)
+    start = time.perf_counter()
     output = model(input_ids=prompt, use_cache=True)
     cache = getattr(output, "past_key_values", None)
     if cache is None:
         raise InputError(f"{type(model).__name__}: returns no KV cache; evaluate it without speed")
     token = output.logits[:, -1:].argmax(-1).to(prompt.device)
     _synchronize(prompt.device)
-    start = time.perf_counter()
+    begun = time.perf_counter()
     for _ in range(new_tokens):
         output = model(input_ids=token, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         token = output.logits[:, -1:].argmax(-1).to(prompt.device)
     _synchronize(prompt.device)
-    return time.perf_counter() - start
+    return begun - start, time.perf_counter() - begun
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,21 +1,24 @@
 """Which op runs a weight: a table of rows in order of preference.
 
-The first row that fits, and whose op supports the weight, wins. An op that is not chosen says why.
+The first row that fits, and whose op supports the weight, wins. An op that is not chosen says why. TRIFOLD_KERNEL
+names the op that every weight has to be run by, or several, with commas between them, of which one has to.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 
-from trifold.formats.base import Spec
+from trifold.core.errors import InputError, unknown_name
+from trifold.formats.base import Spec, label
 from trifold.kernels.op import Op
 from trifold.kernels.rounded_input import blockwise as rounded_blockwise
 from trifold.kernels.rounded_input import naive as rounded_naive
 from trifold.kernels.rounded_input import torch_fp8, torch_int8
-from trifold.kernels.weight_only import blockwise, dense, naive, torch_int4
+from trifold.kernels.weight_only import blockwise, cpu, dense, naive, torch_int4
 from trifold.kernels.weight_only import torch_int8 as weight_int8
 
 InputKind = Literal["as it is", "rounded", "int", "fp8_e4m3"]
@@ -31,9 +34,16 @@ class Row(NamedTuple):
     op: Op
 
 
+_CODES = ("int", "affine", "table")
+
 TABLE: tuple[Row, ...] = (
+    Row(_CODES, "as it is", "cpu", None, cpu.Compiled("amx")),
+    Row(_CODES, "as it is", "cpu", None, cpu.Compiled("avx512_bf16")),
+    Row(_CODES, "as it is", "cpu", None, cpu.Compiled("avx512")),
+    Row(_CODES, "as it is", "cpu", None, cpu.Compiled("avx2")),
     Row(("int", "affine"), "as it is", "cpu", torch.bfloat16, torch_int4.TorchInt4()),
     Row(("int",), "as it is", "cpu", torch.bfloat16, weight_int8.TorchInt8()),
+    Row(_CODES, "as it is", "cpu", None, cpu.Compiled("portable")),
     Row(("dense",), "as it is", None, None, dense.Dense()),
     Row(("low_rank",), "as it is", None, None, dense.LowRank()),
     Row(None, "as it is", None, None, blockwise.Blockwise()),
@@ -74,29 +84,48 @@ def _choose(spec: Spec, dtype: torch.dtype, device: torch.device, in_place: bool
         raise TypeError(f"a {spec['format']} has no op; each of its parts has one")
     rejected: dict[str, str] = {}
     kinds = ("rounded", spec["input"].get("grid", "int")) if spec.get("input") else ("as it is",)
+    forced = _forced()
     for row in TABLE:
+        if forced and row.op.name not in forced:
+            continue
         if row.input not in kinds:
+            if forced:
+                rejected[row.op.name] = "takes rounded activations" if kinds[0] == "as it is" else "does not round them"
             continue
         reason = _reason(row, spec, dtype, device)
-        if reason is None and in_place and row.op.replaces:
+        if reason is None and in_place and row.op.replaces and not row.op.gathers:
             reason = "keeps a layout of its own, but the tensors are shared"
         if reason is None:
             return row.op, rejected
         rejected[row.op.name] = reason
+    if forced:
+        why = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+        raise InputError(f"TRIFOLD_KERNEL={','.join(forced)} cannot run {label(spec)} of shape {spec['shape']}: {why}")
     raise AssertionError("the naive ops support everything")
 
 
-def resolve(spec: Spec, dtype: torch.dtype, device: torch.device, in_place: bool = False) -> Op:
-    """The op for activations of `dtype` on `device`; `in_place`: one that runs on the portable tensors.
+def _forced() -> tuple[str, ...]:
+    """The names in TRIFOLD_KERNEL. Raises InputError for an unknown one."""
+    names = tuple(name.strip() for name in os.environ.get("TRIFOLD_KERNEL", "").split(",") if name.strip())
+    known = [row.op.name for row in TABLE]
+    for name in names:
+        if name not in known:
+            raise InputError(f"TRIFOLD_KERNEL: {unknown_name('kernel', name, known)}")
+    return names
 
-    Raises TypeError if the activations are not floating point.
+
+def resolve(spec: Spec, dtype: torch.dtype, device: torch.device, in_place: bool = False) -> Op:
+    """The op for activations of `dtype` on `device`; `in_place`: one under which single rows can still be looked up.
+
+    Raises TypeError if the activations are not floating point, InputError if TRIFOLD_KERNEL names an op that is
+    unknown or cannot run the weight.
     """
     return _choose(spec, dtype, device, in_place)[0]
 
 
-def explain(spec: Spec, dtype: torch.dtype, device: torch.device | str) -> Choice:
+def explain(spec: Spec, dtype: torch.dtype, device: torch.device | str, in_place: bool = False) -> Choice:
     """What `resolve` chooses, for each part if there are any, and why it chose nothing that it prefers."""
     if "parts" in spec:
         return Choice(spec["format"], {}, tuple(explain(part, dtype, device) for part in spec["parts"]))
-    op, rejected = _choose(spec, dtype, torch.device(device))
+    op, rejected = _choose(spec, dtype, torch.device(device), in_place)
     return Choice(op.name, rejected)

@@ -35,7 +35,12 @@ class Runtime:
 
 
 class Op(Runtime, ABC):
-    """Multiplies by a weight that is stored as a whole."""
+    """Multiplies by a weight that is stored as a whole.
+
+    gathers: whether single rows of its runtime layout can be looked up.
+    """
+
+    gathers: ClassVar[bool] = False
 
     def supports(self, spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
         """None if the op can run this weight with such activations, else the reason why not."""
@@ -49,3 +54,8 @@ class Op(Runtime, ABC):
     def rows(self, tensors: Tensors, spec: Spec, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows start..stop-1 of the dequantised weight, (stop - start, in), rounded once to `dtype`."""
         return dequantize_rows(tensors, spec, start, stop, dtype)
+
+    def gather(self, tensors: Tensors, spec: Spec, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """rows (n,) int64 -> those rows of the dequantised weight, (n, in), rounded once to `dtype`. Only if it
+        `gathers`; raises IndexError for a row that there is not."""
+        raise NotImplementedError(self.name)

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 
 from trifold.formats.base import Spec
+from trifold.kernels.op import Op
 from trifold.kernels.rows import DECODERS, dequantize
 from trifold.kernels.storage import PackedModule
 
@@ -16,7 +17,7 @@ class PackedEmbedding(PackedModule):
     """Rows of a packed table, dequantised when they are looked up.
 
     spec: the JSON of a format, with `shape` (num_embeddings, embedding_dim). dtype: of the output; casting
-    the module changes it, and nothing else.
+    the module changes it, and nothing else. A head that runs on the table may have put it into its op's layout.
     """
 
     def __init__(self, spec: Spec, dtype: torch.dtype) -> None:
@@ -26,8 +27,10 @@ class PackedEmbedding(PackedModule):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids (...) int -> (..., embedding_dim). Raises IndexError for an id outside the table."""
-        rows, decode = ids.reshape(-1).long(), DECODERS.get(self.spec["format"])
-        if not len(rows):
+        rows, decode, op = ids.reshape(-1).long(), DECODERS.get(self.spec["format"]), self._holder
+        if isinstance(op, Op) and len(rows):
+            found = op.gather(self._tensors_for(op), self.spec, rows, self.dtype)
+        elif not len(rows):
             found = torch.empty(0, dtype=self.dtype, device=ids.device)
         elif decode is not None:
             found = dequantize(decode(self.portable(), self.spec, rows), self.dtype)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from trifold.core.inputs import InputScheme
 from trifold.formats.base import Spec
 from trifold.kernels.compose import COMPOSITIONS
-from trifold.kernels.dispatch import resolve
+from trifold.kernels.dispatch import Choice, explain, resolve
 from trifold.kernels.op import Op
 from trifold.kernels.rows import row_blocks
 from trifold.kernels.storage import PackedModule
@@ -69,6 +69,10 @@ class PackedLinear(PackedModule):
         if key not in self._ops:
             self._ops[key] = resolve(self.spec, x.dtype, x.device)
         return self._ops[key]
+
+    def choice(self, dtype: torch.dtype, device: torch.device | str) -> Choice:
+        """Which op runs activations of `dtype` on `device`, and why none that is preferred to it."""
+        return explain(self.spec, dtype, device)
 
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if not len(x):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from trifold.core.canonical import Canonical
-from trifold.kernels.dispatch import resolve
+from trifold.kernels.dispatch import Choice, explain, resolve
 from trifold.kernels.op import Op, Runtime, Tensors
 from trifold.kernels.packed_embedding import PackedEmbedding
 from trifold.kernels.packed_linear import PackedLinear
@@ -17,8 +17,8 @@ from trifold.kernels.packed_linear import PackedLinear
 class TiedLinear(PackedLinear):
     """x Wᵀ + b, where W is a `PackedEmbedding`'s table; it has no tensors of its own but the bias.
 
-    The table is looked up by rows at the same time, so it stays in the portable layout: an op with a layout of
-    its own is not chosen.
+    The table is looked up by rows at the same time, so an op with a layout of its own is chosen only if that
+    lets rows be looked up.
     """
 
     def __init__(self, table: PackedEmbedding, bias: bool, bias_dtype: torch.dtype) -> None:
@@ -40,7 +40,11 @@ class TiedLinear(PackedLinear):
         return self._ops[key]
 
     def _tensors_for(self, op: Runtime) -> Tensors:
-        return self.__dict__["_table"].portable()
+        tensors: Tensors = self.__dict__["_table"]._tensors_for(op)
+        return tensors
+
+    def choice(self, dtype: torch.dtype, device: torch.device | str) -> Choice:
+        return explain(self.spec, dtype, device, in_place=True)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight":  # transformers ties by assigning the other's weight; it is tied already

@@ -1,0 +1,7 @@
+import pytest
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """As on a machine without one: what is chosen then."""
+    monkeypatch.setattr("trifold.kernels.native.load", lambda variant, bits: "there is no C compiler")

@@ -1,0 +1,216 @@
+/* Products with packed weights: the functions that Python calls. Compiled for an instruction set and a width of codes. */
+
+#include "float32.h"
+#include "pack.h"
+
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#elif defined(__AVX512BF16__)
+#include "dots.h"
+#endif
+
+/* Whether this processor and system let the library run. */
+int ready(void)
+{
+#if defined(__AMX_BF16__)
+    return tiles_allowed();
+#else
+    return 1;
+#endif
+}
+
+typedef struct {
+    int64_t begin, end;
+} span;
+
+/* Consecutive shares of `count` tiles; what is computed of a tile does not depend on who does it. */
+INLINE span share_of(int64_t count, int64_t share, int64_t threads)
+{
+    return (span){count * share / threads, count * (share + 1) / threads};
+}
+
+#define DO(words) _Pragma(#words)
+#define SHARES(n) DO(omp parallel for schedule(static, 1) num_threads((int)(n)) if ((n) > 1))
+
+static weight weight_of(const int64_t *shape, void *codes, const void *scale, const void *zero, const float *table)
+{
+    return (weight){shape[0], shape[1], shape[2], shape[3], shape[4], codes, scale, zero, table};
+}
+
+/* shape: rows, columns, group, kind, wide. words: (rows, row_words). */
+void pack(const int64_t *shape, const uint32_t *words, int64_t row_words, void *codes, int64_t threads)
+{
+    const weight w = weight_of(shape, codes, 0, 0, 0);
+    const int64_t bytes = row_blocks(&w) * BLOCK_BYTES;
+    SHARES(threads)
+    for (int64_t share = 0; share < threads; share++) {
+        const span s = share_of(tiles(&w), share, threads);
+        for (int64_t tile = s.begin; tile < s.end; tile++) {
+            memset(w.codes + tile * bytes, 0, (size_t)bytes);
+            for (int64_t r = 0; r < ROWS && tile * ROWS + r < w.rows; r++)
+                pack_row(&w, words + (tile * ROWS + r) * row_words, w.codes + tile * bytes, r);
+        }
+    }
+}
+
+/* The inverse; words are zero at first. */
+void restore(const int64_t *shape, uint32_t *words, int64_t row_words, void *codes, int64_t threads)
+{
+    const weight w = weight_of(shape, codes, 0, 0, 0);
+    const int64_t bytes = row_blocks(&w) * BLOCK_BYTES;
+    SHARES(threads)
+    for (int64_t share = 0; share < threads; share++) {
+        const span s = share_of(tiles(&w), share, threads);
+        for (int64_t tile = s.begin; tile < s.end; tile++)
+            for (int64_t r = 0; r < ROWS && tile * ROWS + r < w.rows; r++)
+                restore_row(&w, words + (tile * ROWS + r) * row_words, w.codes + tile * bytes, r);
+    }
+}
+
+/* Rows start .. stop - 1, start a multiple of 16, rounded to `dtype`: (columns, stop - start). */
+void dequantize(const int64_t *shape, void *codes, const void *scale, const void *zero, const float *table,
+                int64_t start, int64_t stop, void *out, int64_t dtype, int64_t threads)
+{
+    const weight w = weight_of(shape, codes, scale, zero, table);
+    const int64_t size = dtype == BFLOAT16 ? 2 : 4, first = start / ROWS, count = (stop + ROWS - 1) / ROWS - first;
+    SHARES(threads)
+    for (int64_t share = 0; share < threads; share++) {
+        const span s = share_of(count, share, threads);
+        for (int64_t i = s.begin; i < s.end; i++) {
+            const int64_t row = i * ROWS, left = stop - start - row;
+            dequantize_any(&w, first + i, left < ROWS ? left : ROWS, (uint8_t *)out + row * size, (int)dtype,
+                           stop - start);
+        }
+    }
+}
+
+/* Some rows, as many as `wanted` has: (count, columns). Returns 0, or 1 if there is no memory. */
+int gather(const int64_t *shape, void *codes, const void *scale, const void *zero, const float *table,
+           const int64_t *wanted, int64_t count, void *out, int64_t dtype, int64_t threads)
+{
+    const weight w = weight_of(shape, codes, scale, zero, table);
+    const int64_t size = dtype == BFLOAT16 ? 2 : 4, bytes = ROWS * w.columns * size;
+    uint8_t *room = malloc((size_t)(threads * bytes));
+    if (!room) return 1;
+    SHARES(threads)
+    for (int64_t share = 0; share < threads; share++) {
+        const span s = share_of(count, share, threads);
+        uint8_t *rows = room + share * bytes;
+        for (int64_t i = s.begin; i < s.end; i++) {
+            const uint8_t *row = rows + wanted[i] % ROWS * size;
+            uint8_t *to = (uint8_t *)out + i * w.columns * size;
+            dequantize_any(&w, wanted[i] / ROWS, ROWS, rows, (int)dtype, ROWS);
+            for (int64_t c = 0; c < w.columns; c++) memcpy(to + c * size, row + c * ROWS * size, (size_t)size);
+        }
+    }
+    free(room);
+    return 0;
+}
+
+typedef enum { FLOATS, DOTS, TILES } way;
+
+static way way_of(const weight *w, int64_t tokens, int64_t dtype)
+{
+    (void)w, (void)tokens, (void)dtype;
+#if defined(__AVX512BF16__)
+    if (dtype != BFLOAT16) return FLOATS;
+    const int wide_table = w->kind == TABLE && !table_is_narrow(w);
+#if defined(__AMX_BF16__)
+    return wide_table && tokens <= 2 ? FLOATS : TILES;
+#else
+    return wide_table ? FLOATS : DOTS;
+#endif
+#else
+    return FLOATS;
+#endif
+}
+
+/* A token where the kernel wants it: each group filled with zeros to a multiple of `unit` columns, floats or halves;
+   `every` 32 columns go `every` numbers further. */
+static void place_token(const weight *w, const void *from, int64_t dtype, void *to, int floats, int64_t unit,
+                        int64_t every)
+{
+    const int64_t size = floats ? 4 : 2;
+    const uint16_t *halves = from;
+    int64_t at = 0;
+    for (int64_t g = 0; g < groups(w); g++)
+        for (int64_t column = 0; column < group_columns(w, g); column += unit, at += unit) {
+            const int64_t left = group_columns(w, g) - column, width = left < unit ? left : unit;
+            const int64_t first = g * w->group + column;
+            uint8_t *out = (uint8_t *)to + (at / 32 * every + at % 32) * size;
+            if (floats && dtype == BFLOAT16)
+                for (int64_t c = 0; c < width; c++) ((float *)out)[c] = widened(halves[first + c]);
+            else
+                memcpy(out, (const uint8_t *)from + first * size, (size_t)(width * size));
+            memset(out + width * size, 0, (size_t)((unit - width) * size));
+        }
+}
+
+static void add_up(const weight *w, const uint16_t *x, float *sums)
+{
+    for (int64_t g = 0; g < groups(w); g++) {
+        double sum = 0;
+        for (int64_t c = g * w->group; c < g * w->group + group_columns(w, g); c++) sum += widened(x[c]);
+        sums[g] = (float)sum;
+    }
+}
+
+static int64_t padded_columns(const weight *w, int64_t unit)
+{
+    const int64_t last = groups(w) - 1, full = (w->group + unit - 1) / unit * unit;
+    return last * full + (group_columns(w, last) + unit - 1) / unit * unit;
+}
+
+/* y (tokens, rows) = x (tokens, columns) times the weight, plus bias, NULL or (rows,); all of `dtype`.
+   Returns 0, or 1 if there is no memory. */
+int linear(const int64_t *shape, void *codes, const void *scale, const void *zero, const float *table, const void *x,
+           const void *bias, void *y, int64_t tokens, int64_t dtype, int64_t threads)
+{
+    product p = {.w = weight_of(shape, codes, scale, zero, table), .tokens = tokens, .dtype = dtype};
+    const way how = way_of(&p.w, tokens, dtype);
+    const int floats = how == FLOATS, tiled = how == TILES;
+    const int64_t unit = tiled ? 32 : BLOCK, size = floats ? 4 : 2, given = dtype == BFLOAT16 ? 2 : 4;
+    uint8_t *placed = 0;
+    float *sums = 0;
+    p.x = x, p.bias = bias, p.y = y, p.stride = padded_columns(&p.w, unit);
+    if (tiled || p.stride != p.w.columns || size != given) {
+        const int64_t rows = tiled ? (tokens + 15) / 16 * 16 : tokens, movers = tokens > 32 ? threads : 1;
+        p.x = placed = aligned_alloc(64, (size_t)(rows * p.stride * size + 63) / 64 * 64);
+        if (!placed) return 1;
+        SHARES(movers)
+        for (int64_t share = 0; share < movers; share++) {
+            const span s = share_of(rows, share, movers);
+            for (int64_t m = s.begin; m < s.end; m++) {
+                const int64_t start = tiled ? m / 16 * 16 * p.stride + m % 16 * 32 : m * p.stride;
+                if (m < tokens)
+                    place_token(&p.w, (const uint8_t *)x + m * p.w.columns * given, dtype, placed + start * size,
+                                floats, unit, tiled ? 512 : 32);
+                else
+                    for (int64_t at = 0; at < p.stride; at += 32) memset(placed + (start + at * 16) * size, 0, 64);
+            }
+        }
+    }
+    if (!floats && p.w.kind == REAL) {
+        p.sums = sums = malloc((size_t)(tokens * groups(&p.w)) * 4);
+        if (!sums) {
+            free(placed);
+            return 1;
+        }
+        for (int64_t m = 0; m < tokens; m++)
+            add_up(&p.w, (const uint16_t *)x + m * p.w.columns, sums + m * groups(&p.w));
+    }
+    SHARES(threads)
+    for (int64_t share = 0; share < threads; share++) {
+        const span s = share_of(tiles(&p.w), share, threads);
+        if (how == FLOATS)
+            for (int64_t tile = s.begin; tile < s.end; tile++) float_product(&p, tile);
+#if defined(__AMX_BF16__)
+        if (how == TILES && s.begin < s.end) amx_tiles(&p, s.begin, s.end);
+#elif defined(__AVX512BF16__)
+        if (how == DOTS) dot_tiles(&p, s.begin, s.end);
+#endif
+    }
+    free(placed);
+    free(sums);
+    return 0;
+}
