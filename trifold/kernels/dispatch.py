@@ -17,6 +17,7 @@ from trifold.kernels.rounded_input import naive as rounded_naive
 from trifold.kernels.rounded_input import torch_fp8, torch_int8
 from trifold.kernels.weight_only import blockwise, dense, naive, torch_int4
 from trifold.kernels.weight_only import torch_int8 as weight_int8
+from trifold.kernels.weight_only.planes import op as planes
 
 InputKind = Literal["as it is", "rounded", "int", "fp8_e4m3"]
 
@@ -34,6 +35,7 @@ class Row(NamedTuple):
 TABLE: tuple[Row, ...] = (
     Row(("int", "affine"), "as it is", "cpu", torch.bfloat16, torch_int4.TorchInt4()),
     Row(("int",), "as it is", "cpu", torch.bfloat16, weight_int8.TorchInt8()),
+    Row(("int", "affine", "table", "fp8"), "as it is", "cuda", None, planes.PlaneGemm()),
     Row(("dense",), "as it is", None, None, dense.Dense()),
     Row(("low_rank",), "as it is", None, None, dense.LowRank()),
     Row(None, "as it is", None, None, blockwise.Blockwise()),
