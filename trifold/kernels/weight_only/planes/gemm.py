@@ -61,6 +61,7 @@ def multiply(
         p2 = p2_ptr + start.to(tl.int64) * words(LAYOUT, 2) * stride + inner
     total = tl.zeros((BN, BM), dtype=tl.float32)
     for tile in range(start, stop):
+        t = total
         for j in tl.static_range(SLOTS):
             if first(LAYOUT, 0, j):
                 w0 = tl.load(p0 + word(LAYOUT, 0, j) * stride, eviction_policy="evict_first")
@@ -101,19 +102,18 @@ def multiply(
         if planes(LAYOUT) > 2:
             p2 += words(LAYOUT, 2) * stride
 
-    place = m[None, :].to(tl.int64) * N + n[:, None]
+    place = m[None, :] * N + n[:, None]
     arrived = SPLIT - 1
     if SPLIT > 1:
-        pieces = partial_ptr + place
-        tl.store(pieces + part.to(tl.int64) * M * N, total, mask=inside)
+        tl.store(partial_ptr + part.to(tl.int64) * M * N + place, total, mask=inside)
         tl.debug_barrier()
         arrived = tl.atomic_add(count_ptr + pid, 1, sem="acq_rel")
     if arrived == SPLIT - 1:
         if SPLIT > 1:
             total = tl.zeros((BN, BM), dtype=tl.float32)
-            for _ in range(SPLIT):
-                total += tl.load(pieces, mask=inside, other=0.0, cache_modifier=".cg")
-                pieces += M.to(tl.int64) * N
+            for i in range(SPLIT):
+                other = partial_ptr + tl.cast(i, tl.int64) * M * N
+                total += tl.load(other + place, mask=inside, other=0.0, cache_modifier=".cg")
         y = total * unit(GRID) * tl.load(inverse_ptr + m)[None, :]
         if BIAS:
             y += tl.load(bias_ptr + n).to(tl.float32)[:, None]

@@ -17,9 +17,13 @@ MOST_INPUTS = 65536
 
 
 @lru_cache(maxsize=8)
-def _grid(name: str) -> Any:
-    """What the kernels call a grid: its name if its numbers are computed, else its values."""
-    return name if name in ("int", "fp4_e2m1", "fp8_e4m3") else TABLES.get(name).values
+def grid_of(name: str) -> Any:
+    """What the kernels call a grid: its name if its numbers are computed, else its values, each with its fp16 bits."""
+    if name in ("int", "fp4_e2m1", "fp8_e4m3"):
+        return name
+    values = TABLES.get(name).values
+    halves = torch.tensor(values, dtype=torch.float16, device="cpu").view(torch.int16)
+    return tuple(zip(values, [half & 0xFFFF for half in halves.tolist()], strict=True))
 
 
 @lru_cache(maxsize=8)
@@ -35,7 +39,7 @@ def _numbers(planes: list[torch.Tensor], scale: torch.Tensor, zero: torch.Tensor
 def _constants(bits: int, group: int, grid: str, midpoint: float, zero: torch.Tensor | None) -> dict[str, Any]:
     return {
         "LAYOUT": layout_of(bits),
-        "GRID": _grid(grid),
+        "GRID": grid_of(grid),
         "GROUP": group,
         "MIDPOINT": midpoint,
         "ASYMMETRIC": zero is not None,

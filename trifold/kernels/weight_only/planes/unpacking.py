@@ -1,13 +1,13 @@
 """From words of bit planes to fp16 numbers, in registers.
 
 LAYOUT is a `layout.Layout`. GRID says what codes stand for: "int"; "fp4_e2m1" or "fp8_e4m3", whose bits only have to be
-moved; or the 16 values of a table. Two words make a register, and what comes out is a register of two numbers.
+moved; or the 16 values of a table, each with its bits in fp16. Two words make a register, and what comes out is a
+register of two numbers.
 """
 
 from __future__ import annotations
 
 import os
-import struct
 
 import triton
 import triton.language as tl
@@ -100,8 +100,9 @@ def _lookup(table):
     `prmt` takes four bytes out of eight, by the low three bits of each code; the fourth bit then chooses between the
     two halves of the table.
     """
-    halves = [int.from_bytes(struct.pack("<e", value), "little") for value in table]
-    quads = [[sum((halves[4 * i + j] >> shift & 255) << 8 * j for j in range(4)) for i in range(4)] for shift in (0, 8)]
+    quads = [
+        [sum((table[4 * i + j][1] >> shift & 255) << 8 * j for j in range(4)) for i in range(4)] for shift in (0, 8)
+    ]
     lines = ["{ .reg .b32 c, v, m, a, b, q0, q1, x0, x1, y0, y1;"]
     for i in range(2):
         lines.append(f"shr.b32 c, $4, {16 * i}; and.b32 v, c, 0x7777;")
@@ -128,7 +129,7 @@ def _shift(layout, slot):
 
 @triton.constexpr_function
 def _entry(table, code):
-    return table[code]
+    return table[code][0]
 
 
 @triton.jit
