@@ -8,7 +8,7 @@ import triton.language as tl
 _SLOT = tl.constexpr(32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["counts", "M", "CHUNKS"])
 def prepare(
     x_ptr, a_ptr, sum_ptr, inverse_ptr, count_ptr, counts, M, K, PADDED, CHUNKS,
     STEP: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,

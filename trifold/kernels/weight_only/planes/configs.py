@@ -1,7 +1,7 @@
-"""Which tiles the product runs with, by architecture, width and number of tokens: a table, not a search.
+"""Which tiles the product runs with, by width and number of tokens: a table, not a search.
 
-What chose the entries is counted in the compiled code (instructions per weight, registers, shared memory; see
-`tests/kernels/triton_budget.json`). None has been timed on a GPU yet.
+What chose the entries is counted in the compiled code: instructions per weight, registers, shared memory, in
+`tests/kernels/triton_budget.json`. None has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -9,12 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from trifold.kernels.weight_only.planes.layout import layout_of
-
-DENSE_FROM = 512
-"""Tokens from which dequantised tiles are multiplied by the vendor's library. An estimate: a dense pass writes and
-reads 16 bits a weight; in that time an H200 multiplies by about 500 tokens, at half the rate of the library."""
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
-"""Bytes that a block may have, by compute capability; an unknown one counts as the nearest below it."""
 
 
 class Config(NamedTuple):
@@ -26,31 +20,44 @@ class Config(NamedTuple):
     stages: int
 
 
-SMALL: dict[int, Config] = {8: Config(64, 8, 2, 4), 16: Config(64, 16, 2, 4), 32: Config(64, 32, 2, 4)}
-"""By the largest number of tokens. Two warps: more would make Hopper's compiler take the asynchronous instruction,
-whose accumulators have to be waited for at every scale."""
-SMALL_WIDE: dict[int, Config] = {8: Config(64, 8, 2, 3), 16: Config(64, 16, 4, 3), 32: Config(64, 32, 4, 3)}
-"""The same for widths with tiles of 512 inputs, where two warps of 16 tokens have too few registers."""
-MIDDLE = Config(64, 64, 4, 3)
-LARGE = Config(128, 64, 4, 3)
-
-
-def configs(bits: int) -> dict[int, Config]:
-    """By the largest number of tokens that each is for; above the last, the last."""
-    small = SMALL_WIDE if layout_of(bits).slots == 16 else SMALL
-    return {**small, 64: MIDDLE, 128: LARGE}
+_NARROW = {8: Config(64, 8, 2, 4), 16: Config(64, 16, 2, 4)}
+_WIDE = {8: Config(32, 8, 2, 3), 16: Config(32, 16, 2, 2)}
+_MORE = {32: Config(64, 32, 2, 3), 64: Config(64, 64, 4, 3)}
+CONFIGS: dict[int, dict[int, Config]] = {
+    1: _WIDE,
+    2: _NARROW | {32: _MORE[32]},
+    3: _WIDE | {8: Config(64, 8, 2, 3)},
+    4: _NARROW | _MORE,
+    5: _WIDE,
+    6: _NARROW,
+    7: _WIDE,
+    8: _NARROW | _MORE,
+}
+"""By bits and by the largest number of tokens; the last also for more. The more slots a tile has, the more registers a
+block needs. With two warps Hopper's compiler does not take its asynchronous instruction, whose sums would have to be
+waited for at every scale."""
+_DENSE_FROM, _WIDE_DENSE_FROM = 512, 64
+_WARPS = 12  # of a processor, that have work; six blocks of two keep enough loads under way
+_TILES = 4  # in which a pipeline fills
+_MOST_SHARES = 32
 
 
 def choose(bits: int, tokens: int) -> Config:
-    found = configs(bits)
+    found = CONFIGS[bits]
     return found[next((limit for limit in found if tokens <= limit), max(found))]
 
 
-def split(config: Config, tokens: int, out_features: int, tiles: int, processors: int) -> int:
-    """Programs that share a piece of y: enough to give each of a GPU's processors six blocks of two warps.
+def dense_from(bits: int) -> int:
+    """Tokens from which dequantised tiles are multiplied by the vendor's library.
 
-    No share is below four tiles of inputs, in which a pipeline fills.
+    An estimate: a dense pass writes and reads 16 bits a weight; in that time an H200 multiplies by about 500 tokens,
+    at half the rate of the library. Tiles of 16 slots have no
+    configuration for so many.
     """
+    return _WIDE_DENSE_FROM if layout_of(bits).slots == 16 else _DENSE_FROM
+
+
+def share(config: Config, tokens: int, out_features: int, tiles: int, processors: int) -> int:
+    """How many programs share a piece of y, so that every processor of the GPU has work."""
     blocks = -(-out_features // config.bn) * -(-tokens // config.bm)
-    wanted = processors * 12 // config.warps // max(blocks, 1)
-    return max(1, min(wanted, tiles // 4, 32))
+    return max(1, min(processors * _WARPS // config.warps // max(blocks, 1), tiles // _TILES, _MOST_SHARES))

@@ -10,7 +10,7 @@ from trifold.kernels.weight_only.planes.unpacking import codes, first, planes, s
 _SLOT = tl.constexpr(32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "stop", "GROUPS"])
 def expand(
     w_ptr, p0_ptr, p1_ptr, p2_ptr, scale_ptr, zero_ptr, start, stop, N, K, GROUPS,
     LAYOUT: tl.constexpr, GRID: tl.constexpr, GROUP: tl.constexpr, MIDPOINT: tl.constexpr,

@@ -21,19 +21,19 @@ from trifold.kernels.weight_only.planes.unpacking import (
 _SLOT = tl.constexpr(32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "TILES", "GROUPS"])
 def multiply(
     a_ptr, sum_ptr, inverse_ptr, p0_ptr, p1_ptr, p2_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, partial_ptr, count_ptr,
     M, N, TILES, GROUPS,
     LAYOUT: tl.constexpr, GRID: tl.constexpr, GROUP: tl.constexpr, FLUSH: tl.constexpr, MIDPOINT: tl.constexpr,
-    ASYMMETRIC: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
+    ASYMMETRIC: tl.constexpr, BIAS: tl.constexpr, SHARED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """y (M, N) = a, as `activations.prepare` made it, times planes (tiles, N, 32).
 
     scale, zero: (GROUPS, N), of GROUP inputs each; without ASYMMETRIC the zero-point is MIDPOINT. FLUSH slots, which
-    share a scale, are summed by tensor cores before they are scaled. SPLIT programs share the tiles of one piece of y;
-    the one that is last to leave its sums in `partial` (SPLIT, M, N) adds them up in their order, so that results do
-    not depend on which it was.
+    share a scale, are summed by tensor cores before they are scaled. With SHARED the programs along the second axis
+    share the tiles of one piece of y; the one that is last to leave its sums in `partial` (programs, M, N) adds them
+    up in their order, so that results do not depend on which it was.
     """
     SLOTS: tl.constexpr = slots(LAYOUT)
     pid = tl.program_id(0)
@@ -44,7 +44,8 @@ def multiply(
     inside = (n < N)[:, None] & (m < M)[None, :]
     n = tl.minimum(n, N - 1)
     m = tl.minimum(m, M - 1)
-    share = tl.cdiv(TILES, SPLIT)
+    parts = tl.num_programs(1)
+    share = tl.cdiv(TILES, parts)
     start = part * share
     stop = tl.minimum(start + share, TILES)
 
@@ -103,15 +104,15 @@ def multiply(
             p2 += words(LAYOUT, 2) * stride
 
     place = m[None, :] * N + n[:, None]
-    arrived = SPLIT - 1
-    if SPLIT > 1:
+    arrived = parts - 1
+    if SHARED:
         tl.store(partial_ptr + part.to(tl.int64) * M * N + place, total, mask=inside)
         tl.debug_barrier()
         arrived = tl.atomic_add(count_ptr + pid, 1, sem="acq_rel")
-    if arrived == SPLIT - 1:
-        if SPLIT > 1:
+    if arrived == parts - 1:
+        if SHARED:
             total = tl.zeros((BN, BM), dtype=tl.float32)
-            for i in range(SPLIT):
+            for i in range(parts):
                 other = partial_ptr + tl.cast(i, tl.int64) * M * N
                 total += tl.load(other + place, mask=inside, other=0.0, cache_modifier=".cg")
         y = total * unit(GRID) * tl.load(inverse_ptr + m)[None, :]

@@ -17,7 +17,7 @@ from trifold.kernels.op import Tensors
 from trifold.kernels.rows import dequantize, zero_points
 from trifold.kernels.weight_only.blockwise import Blockwise
 from trifold.kernels.weight_only.planes import ops
-from trifold.kernels.weight_only.planes.configs import DENSE_FROM
+from trifold.kernels.weight_only.planes.configs import dense_from
 from trifold.kernels.weight_only.planes.layout import SLOT, layout_of, pack_planes, unpack_planes
 
 _CAPABILITY = (8, 0)
@@ -56,6 +56,10 @@ def _group(scheme: Scheme, in_features: int) -> int:
     return width if width < in_features else -(-in_features // tile) * tile
 
 
+def _by_row(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.t().clone(memory_format=torch.contiguous_format)  # strides too, where a dimension is 1
+
+
 class PlaneGemm(Blockwise):
     """1 to 8 bits, any grid, groups of whole 32s; float16 and bfloat16 activations; compute capability 8.0 on.
 
@@ -74,7 +78,7 @@ class PlaneGemm(Blockwise):
             return f"group_size={scheme.group_size} is not a multiple of {SLOT}"
         if in_features > ops.MOST_INPUTS:
             return f"in_features={in_features} is above {ops.MOST_INPUTS}"
-        if out_features * layout_of(scheme.bits).tile >= 2**31:
+        if out_features * max(layout_of(scheme.bits).tile, dense_from(scheme.bits)) >= 2**31:
             return f"out_features={out_features} overflows an int32 index"
         return no_gpu(device)
 
@@ -92,16 +96,16 @@ class PlaneGemm(Blockwise):
     def restore(self, tensors: Tensors, spec: Spec) -> Tensors:
         scheme, (out_features, in_features) = scheme_of(spec), spec["shape"]
         rows = scheme.scale_shape(out_features, in_features)[0]
-        scale, zero = tensors["scale"][:, :rows].t().contiguous(), tensors.get("zero")
+        scale, zero = _by_row(tensors["scale"][:, :rows]), tensors.get("zero")
         codes = self._codes(tensors, spec, 0, out_features)
         if spec["format"] == "fp8":
             assert scheme.table is not None and scheme.table.dtype is not None
             return {"weight": codes.view(scheme.table.dtype).unsqueeze(-1), "weight_scale": scale}
         portable = {"weight": pack_bits(codes, scheme.bits), "weight_scale": scale}
         if zero is not None and scheme.zero_point == "real":
-            portable["weight_zero_point"] = zero[:, :rows].t().contiguous()
+            portable["weight_zero_point"] = _by_row(zero[:, :rows])
         elif zero is not None:
-            portable["weight_zero_point"] = pack_bits(zero[:, :rows], scheme.bits).t().contiguous()
+            portable["weight_zero_point"] = _by_row(pack_bits(zero[:, :rows], scheme.bits))
         return portable
 
     def rows(self, tensors: Tensors, spec: Spec, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
@@ -109,12 +113,15 @@ class PlaneGemm(Blockwise):
             return ops.plane_rows(
                 **_arguments(tensors, spec), in_features=spec["shape"][1], start=start, stop=stop, dtype=dtype
             )
-        scale, zero = (tensors[n][:, start:stop].t() if n in tensors else None for n in ("scale", "zero"))
-        assert scale is not None
-        return dequantize(Quantized(self._codes(tensors, spec, start, stop), scale, zero, scheme_of(spec)), dtype)
+        scheme, which = scheme_of(spec), slice(start, stop)
+        if scheme.group_size == "tensor":
+            which = slice(0, 1)
+        scale, zero = tensors["scale"][:, which].t(), tensors.get("zero")
+        codes = self._codes(tensors, spec, start, stop)
+        return dequantize(Quantized(codes, scale, None if zero is None else zero[:, which].t(), scheme), dtype)
 
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
-        if x.shape[0] >= DENSE_FROM:
+        if x.shape[0] >= dense_from(spec["bits"]):
             return super().run(x, tensors, spec, bias)
         return ops.plane_linear(x, bias=bias, **_arguments(tensors, spec))
 

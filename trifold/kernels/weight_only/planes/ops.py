@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trifold.core.tables import TABLES
-from trifold.kernels.weight_only.planes.configs import choose, split
+from trifold.kernels.weight_only.planes.configs import choose, share
 from trifold.kernels.weight_only.planes.layout import SLOT, layout_of
 
 MOST_INPUTS = 65536
@@ -72,7 +72,7 @@ def plane_linear(
     tiles = layout.tiles(in_features)
     padded, flush = tiles * layout.tile, gcd(group, layout.tile)
     config = choose(bits, tokens)
-    parts = split(config, tokens, out_features, tiles, _processors(x.device))
+    parts = share(config, tokens, out_features, tiles, _processors(x.device))
     blocks = triton.cdiv(tokens, config.bm) * triton.cdiv(out_features, config.bn)
     a = x.new_empty(tokens, padded, dtype=torch.float16)
     sums, inverse = (x.new_empty(shape, dtype=torch.float32) for shape in ((padded // flush, tokens), (tokens,)))
@@ -89,7 +89,7 @@ def plane_linear(
         multiply[(blocks, parts)](
             a, sums, inverse, *_numbers(planes, scale, zero), scale if bias is None else bias, y, partial, count,
             tokens, out_features, tiles, len(scale), **_constants(bits, group, grid, midpoint, zero),
-            FLUSH=flush // SLOT, BIAS=bias is not None, BN=config.bn, BM=config.bm, SPLIT=parts,
+            FLUSH=flush // SLOT, BIAS=bias is not None, BN=config.bn, BM=config.bm, SHARED=parts > 1,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return y
