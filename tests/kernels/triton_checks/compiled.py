@@ -78,10 +78,10 @@ def cases():
                 f"expand {grid}{bits if grid == 'int' else ''}", dequantize.expand,
                 numbers(bits, grid) | {"BN": 64}, {}, 0, {80: False, 89: False, 90: usual},
             )  # fmt: skip
-    for block in (1024, 8192, 65536):
-        constants, options = {"STEP": 4, "CHUNK": 128, "BLOCK": block}, {"num_warps": min(16, block // 1024)}
+    for block in (1024, 4096, 16384):
+        constants, options = {"STEP": 4, "CHUNK": 128, "BLOCK": block}, {"num_warps": block // 1024}
         yield Case(
-            f"prepare {block}", activations.prepare, constants, options, 0, dict.fromkeys((80, 89, 90), block < 9000)
+            f"prepare {block}", activations.prepare, constants, options, 0, dict.fromkeys((80, 89, 90), block > 1024)
         )
 
 

@@ -25,7 +25,7 @@ _WIDE = {8: Config(32, 8, 2, 3), 16: Config(32, 16, 2, 2)}
 _MORE = {32: Config(64, 32, 2, 3), 64: Config(64, 64, 4, 3)}
 CONFIGS: dict[int, dict[int, Config]] = {
     1: _WIDE,
-    2: _NARROW | {32: _MORE[32]},
+    2: _NARROW | {16: Config(32, 16, 2, 4)} | {32: _MORE[32]},
     3: _WIDE | {8: Config(64, 8, 2, 3)},
     4: _NARROW | _MORE,
     5: _WIDE,

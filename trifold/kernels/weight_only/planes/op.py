@@ -76,8 +76,6 @@ class PlaneGemm(Blockwise):
         width = scheme.group_width(in_features)
         if width < in_features and width % SLOT:
             return f"group_size={scheme.group_size} is not a multiple of {SLOT}"
-        if in_features > ops.MOST_INPUTS:
-            return f"in_features={in_features} is above {ops.MOST_INPUTS}"
         if out_features * max(layout_of(scheme.bits).tile, dense_from(scheme.bits)) >= 2**31:
             return f"out_features={out_features} overflows an int32 index"
         return no_gpu(device)

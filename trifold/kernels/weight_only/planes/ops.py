@@ -12,8 +12,7 @@ from trifold.core.tables import TABLES
 from trifold.kernels.weight_only.planes.configs import choose, share
 from trifold.kernels.weight_only.planes.layout import SLOT, layout_of
 
-MOST_INPUTS = 65536
-"""A token is prepared by one block, in registers."""
+_BLOCK = 16384  # inputs that a block prepares at once, 16 warps at most
 
 
 @lru_cache(maxsize=8)
@@ -79,12 +78,12 @@ def plane_linear(
     count = x.new_empty(blocks if parts > 1 else 0, dtype=torch.int32)
     partial = x.new_empty(parts if parts > 1 else 0, tokens, out_features, dtype=torch.float32)
     y = x.new_empty(tokens, out_features)
-    block = triton.next_power_of_2(padded)
+    block = min(triton.next_power_of_2(padded), _BLOCK)
     with torch.cuda.device_of(x):
         prepare[(tokens,)](
             x.contiguous(), a, sums, inverse, count, count.numel(), tokens, in_features, padded, padded // flush,
             STEP=layout.shifts[1] if grid == "int" else 0, CHUNK=flush, BLOCK=block,
-            num_warps=min(16, max(1, block // 1024)),
+            num_warps=max(1, block // 1024),
         )  # fmt: skip
         multiply[(blocks, parts)](
             a, sums, inverse, *_numbers(planes, scale, zero), scale if bias is None else bias, y, partial, count,
