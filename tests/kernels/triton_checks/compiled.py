@@ -66,7 +66,7 @@ def cases():
             for limit, config in configs.items():
                 tile = layout_of(bits).tile
                 constants = {"FLUSH": gcd(128, tile) // SLOT, "BIAS": True, "SHARED": True, "BN": config.bn}
-                options = {"num_warps": config.warps, "num_stages": config.stages}
+                options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers}
                 usual = bits == 4 and grid == "int"
                 selected = {80: usual, 89: usual and limit == 8, 90: usual or (limit == 8 and bits in (2, 3, 4, 8))}
                 yield Case(

@@ -12,24 +12,25 @@ from trifold.kernels.weight_only.planes.layout import layout_of
 
 
 class Config(NamedTuple):
-    """bn: outputs, bm: tokens of a block."""
+    """bn: outputs, bm: tokens of a block. registers: of a thread, at most."""
 
     bn: int
     bm: int
     warps: int
     stages: int
+    registers: int = 168
 
 
 _NARROW = {8: Config(64, 8, 2, 4), 16: Config(64, 16, 2, 4)}
-_WIDE = {8: Config(32, 8, 2, 3), 16: Config(32, 16, 2, 2)}
-_MORE = {32: Config(64, 32, 2, 3), 64: Config(64, 64, 4, 3)}
+_WIDE = {8: Config(32, 8, 2, 3), 16: Config(32, 16, 2, 2, 255)}
+_MORE = {32: Config(64, 32, 2, 3, 255), 64: Config(64, 64, 4, 3, 255)}
 CONFIGS: dict[int, dict[int, Config]] = {
     1: _WIDE,
-    2: _NARROW | {16: Config(32, 16, 2, 4)} | {32: _MORE[32]},
+    2: _NARROW | {32: _MORE[32]},
     3: _WIDE | {8: Config(64, 8, 2, 3)},
     4: _NARROW | _MORE,
     5: _WIDE,
-    6: _NARROW,
+    6: _NARROW | {16: Config(64, 16, 2, 4, 255)},
     7: _WIDE,
     8: _NARROW | _MORE,
 }

@@ -89,7 +89,7 @@ def plane_linear(
             a, sums, inverse, *_numbers(planes, scale, zero), scale if bias is None else bias, y, partial, count,
             tokens, out_features, tiles, len(scale), **_constants(bits, group, grid, midpoint, zero),
             FLUSH=flush // SLOT, BIAS=bias is not None, BN=config.bn, BM=config.bm, SHARED=parts > 1,
-            num_warps=config.warps, num_stages=config.stages,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
     return y
 

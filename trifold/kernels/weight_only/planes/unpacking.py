@@ -87,7 +87,8 @@ def _assembly(layout, slot, grid):
         count = len(layout.planes)
         parts = [_moved(f"${i + 1}", _right(layout, i, slot), _mask(layout, i, slot)) for i in range(count)]
     else:
-        bit, (below, lowest) = layout.places[0][slot][1], _fields(grid)
+        below, lowest = _fields(grid)
+        bit = layout.places[0][slot][1]
         rest = _moved("$1", bit - lowest, ((1 << below) - 1) << lowest)
         parts = [rest, _moved("$1", bit + below - 15, 0x8000)]
     return " ".join(["{ .reg .b32 t, r; mov.b32 r, 0;", *parts, "mov.b32 $0, r; }"])
