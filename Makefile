@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
+# For gpu-check: a Python whose torch has CUDA.
+GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: install test check bench clean
+.PHONY: install test check check-kernels check-triton36 gpu-check bench clean
 
 install: $(STAMP)
 
@@ -28,5 +30,20 @@ check: install
 bench: install
 	$(BIN)/python benchmarks/compress.py
 
+# Every Triton kernel, width, configuration and GPU architecture, compiled without a GPU; `test` does a selection.
+check-kernels: install
+	PYTHONPATH=. $(BIN)/python tests/kernels/triton_checks/compiled.py --all
+
+# The kernels' tests with the oldest Triton that is supported, in an environment of its own.
+check-triton36: OLD := .venv-triton36
+check-triton36:
+	test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/pip install --quiet --disable-pip-version-check 'triton==3.6.0' 'numpy<2.4' torch safetensors pytest
+	PYTHONPATH=. $(OLD)/bin/python -m pytest -q tests/kernels/test_planes.py tests/kernels/test_triton.py
+
+# Values and speed on this machine's GPU, in less than 8 minutes; results go to benchmarks/results/.
+gpu-check:
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_check.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-triton36 build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -27,7 +27,7 @@ _MORE = {32: Config(64, 32, 2, 3, 255), 64: Config(64, 64, 4, 3, 255)}
 CONFIGS: dict[int, dict[int, Config]] = {
     1: _WIDE,
     2: _NARROW | {32: _MORE[32]},
-    3: _WIDE | {8: Config(64, 8, 2, 3)},
+    3: _WIDE | {8: Config(64, 8, 2, 3, 255)},
     4: _NARROW | _MORE,
     5: _WIDE,
     6: _NARROW | {16: Config(64, 16, 2, 4, 255)},
