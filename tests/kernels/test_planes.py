@@ -9,7 +9,8 @@ from packed_samples import GROUPS, OTHERS, WIDTHS, layer, other, quantized
 
 from trifold.core.tables import TABLES
 from trifold.formats import digest
-from trifold.kernels import explain
+from trifold.kernels import explain, gpu
+from trifold.kernels.weight_only.planes import op as planes_op
 from trifold.kernels.weight_only.planes import ops
 from trifold.kernels.weight_only.planes.configs import CONFIGS, choose, dense_from, share
 from trifold.kernels.weight_only.planes.layout import SLOT, layout_of, pack_planes, unpack_planes
@@ -74,26 +75,27 @@ def test_it_says_why_not(change, dtype, word):
 
 
 def test_without_a_gpu_it_says_so_and_the_next_takes_it(monkeypatch):
-    from trifold.kernels.weight_only.planes import op
-
     spec = layer(quantized(64, 192, 4, 64, False)).spec
     assert explain(spec, torch.float16, "cpu").rejected["weight_only.planes"] == "runs on cuda, not cpu"
-    op.no_gpu.cache_clear()
+    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.no_gpu.cache_clear()
     choice = explain(spec, torch.float16, "cuda")
     assert choice.op == "weight_only.blockwise"
-    if op.find_spec("triton") is not None:
-        assert choice.rejected["weight_only.planes"] == "torch finds no GPU"
-    op.no_gpu.cache_clear()
-    monkeypatch.setattr(op, "find_spec", lambda name: None)
+    assert choice.rejected["weight_only.planes"] == "torch finds no GPU"
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    gpu.no_gpu.cache_clear()
     assert explain(spec, torch.float16, "cuda").rejected["weight_only.planes"] == "triton is not installed"
-    op.no_gpu.cache_clear()
+    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    gpu.no_gpu.cache_clear()
+    assert "(7, 5) is below (8, 0)" in explain(spec, torch.float16, "cuda").rejected["weight_only.planes"]
+    gpu.no_gpu.cache_clear()
 
 
 def test_on_a_gpu_it_is_chosen(monkeypatch):
-    from trifold.kernels.weight_only.planes import op
-
-    monkeypatch.setattr(op, "no_gpu", lambda device: None)
+    monkeypatch.setattr(planes_op, "no_gpu", lambda device: None)
     for scheme in [{"bits": 3}, {"bits": 8}, *OTHERS]:
         spec = layer(other(64, 192, 64, **scheme)).spec
         assert explain(spec, torch.bfloat16, "cuda").op == "weight_only.planes"

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from trifold.kernels.rounded_input import triton_int8, triton_int8_kernel
 from trifold.kernels.weight_only.planes import activations, dequantize, gemm, ops
 from trifold.kernels.weight_only.planes.configs import CONFIGS
 from trifold.kernels.weight_only.planes.layout import SLOT, layout_of
@@ -38,7 +39,8 @@ GRIDS = {4: ("int", "nf4", "fp4_e2m1"), 8: ("int", "fp8_e4m3")}
 TYPES = {"x": "*bf16", "y": "*bf16", "w": "*bf16", "bias": "*bf16", "a": "*fp16", "scale": "*bf16", "zero": "*u8"} | {
     **dict.fromkeys(("p0", "p1", "p2"), "*i16"),
     **dict.fromkeys(("sum", "inverse", "partial"), "*fp32"),
-    **dict.fromkeys(("count",), "*i32"),
+    **dict.fromkeys(("token", "row"), "*fp32"),
+    **dict.fromkeys(("count", "offset"), "*i32"),
 }
 
 
@@ -83,11 +85,23 @@ def cases():
             f"prepare {block}", activations.prepare, constants, options, 0, dict.fromkeys((80, 89, 90), block > 1024)
         )
 
+    for limit, config in triton_int8.CONFIGS.items():
+        constants = {"OFFSET": True, "BIAS": True, "WHOLE": False, "BM": config.bm, "BN": config.bn, "BK": config.bk}
+        options = {"num_warps": config.warps, "num_stages": config.stages}
+        usual = {80: False, 89: limit == 128, 90: True}
+        yield Case(f"int8 m{limit}", triton_int8_kernel.multiply, constants, options, 0, usual)
+
+
+def _type(case, name):
+    if case.kernel is triton_int8_kernel.multiply and name in ("x_ptr", "codes_ptr", "sum_ptr"):
+        return "*i32" if name == "sum_ptr" else "*i8"
+    return TYPES.get(name.removesuffix("_ptr"), "i32")
+
 
 def compiled(case, architecture):
     """(code, registers, bytes of shared memory, bytes spilled) of a case."""
     names = case.kernel.arg_names
-    signature = {n: "constexpr" if n in case.constants else TYPES.get(n.removesuffix("_ptr"), "i32") for n in names}
+    signature = {n: "constexpr" if n in case.constants else _type(case, n) for n in names}
     aligned = [n for n in names if n.endswith("_ptr") or n in ("N", "K", "PADDED")]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=attributes)

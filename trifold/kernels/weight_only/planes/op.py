@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,27 +11,13 @@ from trifold.core.scheme import Scheme
 from trifold.formats.base import Spec
 from trifold.formats.bitstream import pack_bits, unpack_bits
 from trifold.formats.quantized import scheme_of
+from trifold.kernels.gpu import no_gpu
 from trifold.kernels.op import Tensors
 from trifold.kernels.rows import dequantize, zero_points
 from trifold.kernels.weight_only.blockwise import Blockwise
 from trifold.kernels.weight_only.planes import ops
 from trifold.kernels.weight_only.planes.configs import dense_from
 from trifold.kernels.weight_only.planes.layout import SLOT, layout_of, pack_planes, unpack_planes
-
-_CAPABILITY = (8, 0)
-
-
-@lru_cache(maxsize=8)
-def no_gpu(device: torch.device) -> str | None:
-    """Why Triton's kernels do not run on a device, or None."""
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if not torch.cuda.is_available():
-        return "torch finds no GPU"
-    if torch.version.hip is not None:
-        return "its assembly is NVIDIA's"
-    capability = torch.cuda.get_device_capability(device)
-    return None if capability >= _CAPABILITY else f"compute capability {capability} is below {_CAPABILITY}"
 
 
 def _arguments(tensors: Tensors, spec: Spec) -> dict[str, Any]:
