@@ -6,6 +6,7 @@ from packed_samples import OTHERS, WIDTHS, activations, excess, layer, other, qu
 
 from trifold.core.canonical import Quantized
 from trifold.core.scheme import Scheme
+from trifold.formats import digest
 from trifold.kernels.weight_only.naive import Naive
 from trifold.kernels.weight_only.planes import configs, ops
 from trifold.kernels.weight_only.planes.layout import layout_of
@@ -124,3 +125,23 @@ def test_the_operators_are_as_torch_wants_them():
     torch.library.opcheck(ops.plane_linear, (x,), arguments | {"bias": None}, test_utils=checks)
     more = {"in_features": 43, "start": 0, "stop": 7, "dtype": torch.float16}
     torch.library.opcheck(ops.plane_rows, (), arguments | more, test_utils=checks)
+
+
+def test_a_layer_that_runs_on_it():
+    weight = quantized(33, 300, 3, 64, False)
+    module = layer(weight, True)
+    before = digest(module.portable())
+    x = activations(5, 300, torch.float16)
+    module._ops[x.dtype, x.device] = PlaneGemm()  # what the dispatch chooses on a GPU
+    y = module(x)
+    assert excess(y, x, weight.dequantize(), module.bias) <= 1
+    assert {name for name, _ in module.named_buffers()} == {
+        f"runtime_{n}" for n in ("plane0", "plane1", "scale", "zero")
+    }
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), y)
+    x.requires_grad_()
+    module(x).sum().backward()
+    assert torch.allclose(x.grad, weight.dequantize().sum(0).half().expand(5, -1), rtol=1e-2, atol=1e-2)
+    assert digest(module.portable()) == before

@@ -14,7 +14,6 @@ code 0 to whole tiles.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -56,17 +55,18 @@ class Layout:
         return sum(self.planes[:plane])
 
 
-@lru_cache(maxsize=8)
 def layout_of(bits: int) -> Layout:
     """The layout of codes of 1..8 bits."""
+    return _LAYOUTS[bits]
+
+
+def _layout(bits: int) -> Layout:
     planes = _PLANES[bits]
     slots = _WORD // planes[-1]
     step = planes[0] if 8 - planes[0] + bits <= _EXACT else 8
     shifts = tuple(j * step % 8 for j in range(slots))
     offsets = [sum(planes[:i]) for i in range(len(planes))]
-    places = [
-        _places(width, [shift + offset for shift in shifts]) for width, offset in zip(planes, offsets, strict=True)
-    ]
+    places = [_places(width, [s + offset for s in shifts]) for width, offset in zip(planes, offsets, strict=True)]
     return Layout(bits, planes, slots, shifts, tuple(places))
 
 
@@ -91,6 +91,9 @@ def _places(width: int, wanted: list[int]) -> tuple[tuple[int, int], ...]:
             free -= set(best.values())
         places += [(word, found[j]) for j in slots]
     return tuple(places)
+
+
+_LAYOUTS = {bits: _layout(bits) for bits in _PLANES}
 
 
 def pack_planes(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
