@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_check.py [--seconds 420] [--only check|speed|decode]
 
-1. Values: every width, grid and kind of group, odd shapes, both dtypes in turn, against float64, in memory full of NaN; the
-   same bits again; the same under CUDA graphs.
+1. Values: every width, grid and kind of group, odd shapes, both dtypes in turn, against float64, in memory full of
+   NaN; the same bits again, and in a CUDA graph.
 2. Speed, in CUDA graphs, over more copies of a weight than the second-level cache holds: as a fraction of the copy
    bandwidth and of the matrix rate of bfloat16, both measured here, beside other products of the same shape.
 3. One token through a random model of the shape of Llama 3 8B, packed and in bfloat16.

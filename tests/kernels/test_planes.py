@@ -7,7 +7,7 @@ import pytest
 import torch
 from packed_samples import GROUPS, OTHERS, WIDTHS, layer, other, quantized
 
-from trifold.core.tables import TABLES
+from trifold.core.tables import TABLES, Table
 from trifold.formats import digest
 from trifold.kernels import explain, gpu
 from trifold.kernels.weight_only.planes import op as planes_op
@@ -72,6 +72,12 @@ def test_the_portable_tensors_come_back(group):
 def test_it_says_why_not(change, dtype, word):
     spec = layer(quantized(64, 192, 4, 64, False)).spec | change
     assert word in explain(spec, dtype, "cuda").rejected["weight_only.planes"]
+
+
+def test_a_table_of_another_width_is_refused(monkeypatch):
+    monkeypatch.setattr(TABLES, "_entries", {**TABLES._entries, "three": Table(3, tuple(map(float, range(8))))})
+    spec = layer(other(64, 192, 64, grid="three", bits=3)).spec
+    assert "grid=three is a table of 3 bits" in explain(spec, torch.float16, "cuda").rejected["weight_only.planes"]
 
 
 def test_without_a_gpu_it_says_so_and_the_next_takes_it(monkeypatch):

@@ -1,14 +1,12 @@
 """Which tiles the product runs with, by width and number of tokens: a table, not a search.
 
 What chose the entries is counted in the compiled code: instructions per weight, registers, shared memory, in
-`tests/kernels/triton_budget.json`. None has been timed on a GPU.
+`tests/kernels/triton_checks/triton_budget.json`. None has been timed on a GPU.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
-
-from trifold.kernels.weight_only.planes.layout import layout_of
 
 
 class Config(NamedTuple):
@@ -37,10 +35,10 @@ CONFIGS: dict[int, dict[int, Config]] = {
 """By bits and by the largest number of tokens; the last also for more. The more slots a tile has, the more registers a
 block needs. With two warps Hopper's compiler does not take its asynchronous instruction, whose sums would have to be
 waited for at every scale."""
-_DENSE_FROM, _WIDE_DENSE_FROM = 512, 64
 _WARPS = 12  # of a processor, that have work; six blocks of two keep enough loads under way
 _TILES = 4  # in which a pipeline fills
 _MOST_SHARES = 32
+_MOST_BLOCKS = 8  # of tokens, that unpack the same weights
 
 
 def choose(bits: int, tokens: int) -> Config:
@@ -52,10 +50,9 @@ def dense_from(bits: int) -> int:
     """Tokens from which dequantised tiles are multiplied by the vendor's library.
 
     An estimate: a dense pass writes and reads 16 bits a weight; in that time an H200 multiplies by about 500 tokens,
-    at half the rate of the library. Tiles of 16 slots have no
-    configuration for so many.
+    at half the rate of the library. Widths without a configuration for many tokens give up earlier.
     """
-    return _WIDE_DENSE_FROM if layout_of(bits).slots == 16 else _DENSE_FROM
+    return _MOST_BLOCKS * max(CONFIGS[bits])
 
 
 def share(config: Config, tokens: int, out_features: int, tiles: int, processors: int) -> int:

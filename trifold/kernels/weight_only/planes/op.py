@@ -45,7 +45,7 @@ def _by_row(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class PlaneGemm(Blockwise):
-    """1 to 8 bits, any grid, groups of whole 32s; float16 and bfloat16 activations; compute capability 8.0 on.
+    """Integers of 1 to 8 bits, FP8, tables of 4 bits; groups of whole 32s; float16 and bfloat16 activations; compute capability 8.0 on.
 
     Few tokens: unpacked in registers in front of tensor cores, in fp16 with float32 sums. Many: dequantised tiles.
     """
@@ -57,6 +57,8 @@ class PlaneGemm(Blockwise):
         scheme, (out_features, in_features) = scheme_of(spec), spec["shape"]
         if dtype not in (torch.float16, torch.bfloat16):
             return f"takes torch.float16 or torch.bfloat16 activations, not {dtype}"
+        if scheme.grid not in ops.COMPUTED and scheme.bits != 4:
+            return f"grid={scheme.grid} is a table of {scheme.bits} bits, not of 4"
         width = scheme.group_width(in_features)
         if width < in_features and width % SLOT:
             return f"group_size={scheme.group_size} is not a multiple of {SLOT}"

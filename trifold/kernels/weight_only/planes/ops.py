@@ -15,10 +15,14 @@ from trifold.kernels.weight_only.planes.layout import SLOT, layout_of
 _BLOCK = 16384  # inputs that a block prepares at once, 16 warps at most
 
 
+COMPUTED = ("int", "fp4_e2m1", "fp8_e4m3")
+"""Grids whose numbers are computed from codes; others are looked up, in 16 values."""
+
+
 @lru_cache(maxsize=8)
 def grid_of(name: str) -> Any:
     """What the kernels call a grid: its name if its numbers are computed, else its values, each with its fp16 bits."""
-    if name in ("int", "fp4_e2m1", "fp8_e4m3"):
+    if name in COMPUTED:
         return name
     values = TABLES.get(name).values
     halves = torch.tensor(values, dtype=torch.float16, device="cpu").view(torch.int16)
