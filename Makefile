@@ -4,10 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
-# For gpu-check: a Python whose torch has CUDA.
-GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: install test check check-kernels check-triton36 gpu-check bench clean
+.PHONY: install test check bench clean
 
 install: $(STAMP)
 
@@ -30,6 +28,11 @@ check: install
 bench: install
 	$(BIN)/python benchmarks/compress.py
 
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+.PHONY: check-kernels check-triton36 gpu-check
+
 # Every Triton kernel, width, configuration and GPU architecture, compiled without a GPU; `test` does a selection.
 check-kernels: install
 	PYTHONPATH=. $(BIN)/python tests/kernels/triton_checks/compiled.py --all
@@ -43,9 +46,8 @@ check-triton36:
 	$(OLD)/bin/pip install --quiet --disable-pip-version-check -c $(OLD)/constraints.txt -e '.[dev]' 'triton==3.6.0' 'numpy<2.4'
 	$(OLD)/bin/python -m pytest -q tests/kernels/test_planes.py tests/kernels/test_triton_int8.py tests/kernels/test_triton.py
 
-# Values and speed on this machine's GPU, in less than 8 minutes; results go to benchmarks/results/.
+# Values and speed on this machine's GPU, in less than 8 minutes; results go to benchmarks/results/. GPU_PYTHON is one
+# whose torch has CUDA.
+gpu-check: GPU_PYTHON ?= $(PYTHON)
 gpu-check:
 	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_check.py
-
-clean:
-	rm -rf $(VENV) .venv-triton36 build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -45,9 +45,10 @@ def _by_row(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class PlaneGemm(Blockwise):
-    """Integers of 1 to 8 bits, FP8, tables of 4 bits; groups of whole 32s; float16 and bfloat16 activations; compute capability 8.0 on.
+    """Integers of 1 to 8 bits, FP8, tables of 4 bits; groups of whole 32s; float16 and bfloat16 activations.
 
-    Few tokens: unpacked in registers in front of tensor cores, in fp16 with float32 sums. Many: dequantised tiles.
+    Compute capability 8.0 on. Few tokens: unpacked in registers in front of tensor cores, in fp16 with float32 sums.
+    Many: dequantised tiles.
     """
 
     name = "weight_only.planes"
