@@ -69,7 +69,11 @@ def cases():
                 constants = {"FLUSH": gcd(128, tile) // SLOT, "BIAS": True, "SHARED": True, "BN": config.bn}
                 options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers}
                 usual = bits == 4 and grid == "int"
-                selected = {80: usual, 89: usual and limit == 8, 90: usual or (limit == 8 and bits in (2, 3, 4, 8))}
+                selected = {
+                    80: usual and limit == 16,
+                    89: usual and limit == 8,
+                    90: usual or (limit == 8 and bits in (2, 3, 4, 8)),
+                }
                 yield Case(
                     f"multiply {grid}{bits if grid == 'int' else ''} m{limit}", gemm.multiply,
                     numbers(bits, grid) | constants | {"BM": config.bm}, options, config.bn * tile, selected,
