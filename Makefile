@@ -33,3 +33,24 @@ bench: install
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+.PHONY: check-kernels check-triton36 gpu-check
+
+# Every Triton kernel, width, configuration and GPU architecture, compiled without a GPU; `test` does a selection.
+check-kernels: install
+	PYTHONPATH=. $(BIN)/python tests/kernels/triton_checks/compiled.py --all
+
+# The kernels' tests with the oldest Triton that is supported, in an environment of its own.
+check-triton36: OLD := .venv-triton36
+check-triton36:
+	test -x $(OLD)/bin/python || $(PYTHON) -m venv $(OLD)
+	grep -vE '^(triton|numpy)==' constraints.txt > $(OLD)/constraints.txt
+	$(OLD)/bin/pip install --quiet --disable-pip-version-check -c $(OLD)/constraints.txt torch
+	$(OLD)/bin/pip install --quiet --disable-pip-version-check -c $(OLD)/constraints.txt -e '.[dev]' 'triton==3.6.0' 'numpy<2.4'
+	$(OLD)/bin/python -m pytest -q tests/kernels/test_planes.py tests/kernels/test_triton_int8.py tests/kernels/test_triton.py
+
+# Values and speed on this machine's GPU, in less than 8 minutes; results go to benchmarks/results/. GPU_PYTHON is one
+# whose torch has CUDA.
+gpu-check: GPU_PYTHON ?= $(PYTHON)
+gpu-check:
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu_check.py

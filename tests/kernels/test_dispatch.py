@@ -61,7 +61,10 @@ def test_choices_and_reasons(no_compiler):
     assert explain(W8A8, torch.float16, "cpu").op == "rounded_input.torch_int8"
     choice = explain({**W8A8, "group_size": 32}, torch.float32, "cpu")
     assert choice.op == "rounded_input.blockwise"
-    assert choice.rejected == {"rounded_input.torch_int8": "group_size=32 is neither 'channel' nor 'tensor'"}
+    assert choice.rejected == {
+        "rounded_input.torch_int8": "group_size=32 is neither 'channel' nor 'tensor'",
+        "rounded_input.triton_int8": "runs on cuda, not cpu",
+    }
 
 
 def test_explain_agrees_with_resolve():

@@ -17,9 +17,10 @@ from trifold.formats.base import Spec, label
 from trifold.kernels.op import Op
 from trifold.kernels.rounded_input import blockwise as rounded_blockwise
 from trifold.kernels.rounded_input import naive as rounded_naive
-from trifold.kernels.rounded_input import torch_fp8, torch_int8
+from trifold.kernels.rounded_input import torch_fp8, torch_int8, triton_int8
 from trifold.kernels.weight_only import blockwise, cpu, dense, naive, torch_int4
 from trifold.kernels.weight_only import torch_int8 as weight_int8
+from trifold.kernels.weight_only.planes import op as planes
 
 InputKind = Literal["as it is", "rounded", "int", "fp8_e4m3"]
 
@@ -44,11 +45,13 @@ TABLE: tuple[Row, ...] = (
     Row(("int", "affine"), "as it is", "cpu", torch.bfloat16, torch_int4.TorchInt4()),
     Row(("int",), "as it is", "cpu", torch.bfloat16, weight_int8.TorchInt8()),
     Row(_CODES, "as it is", "cpu", None, cpu.Compiled("portable")),
+    Row((*_CODES, "fp8"), "as it is", "cuda", None, planes.PlaneGemm()),
     Row(("dense",), "as it is", None, None, dense.Dense()),
     Row(("low_rank",), "as it is", None, None, dense.LowRank()),
     Row(None, "as it is", None, None, blockwise.Blockwise()),
     Row(None, "as it is", None, None, naive.Naive()),
     Row(("int",), "int", "cpu", None, torch_int8.TorchInt8()),
+    Row(("int",), "int", "cuda", None, triton_int8.TritonInt8()),
     Row(("fp8",), "fp8_e4m3", None, None, torch_fp8.TorchFP8()),
     Row(None, "rounded", None, None, rounded_blockwise.Blockwise()),
     Row(None, "rounded", None, None, rounded_naive.Naive()),

@@ -14,7 +14,7 @@ from trifold.kernels.rounded_input.naive import input_scheme_of
 from trifold.kernels.rows import dequantize, with_codes, zero_points
 
 SIGN = -128  # flips the top bit of a byte: unsigned code <-> code - 128
-_LARGEST_SUM = 255 * 127  # of one product, |weight code - zero-point| * |activation code|
+LARGEST_SUM = 255 * 127  # of one product, |weight code - zero-point| * |activation code|
 
 
 @lru_cache(maxsize=1)
@@ -50,7 +50,7 @@ class TorchInt8(Op):
             return f"bits={scheme.bits} with input bits={input_scheme_of(spec).bits} are not 8 and 8"
         if scheme.group_width(in_features) < in_features:
             return f"group_size={scheme.group_size} is neither 'channel' nor 'tensor'"
-        if in_features * _LARGEST_SUM >= 2**31:
+        if in_features * LARGEST_SUM >= 2**31:
             return f"in_features={in_features} could overflow an int32 sum"
         if not _sums_exactly():
             return "torch._int_mm saturates on this processor"

@@ -1,0 +1,49 @@
+"""Triton's kernels without a GPU: values in the interpreter, compiled code ahead of time, each in its own process."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CHECKS = HERE / "triton_checks"
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+WITHOUT = """
+import sys; sys.modules["triton"] = None
+import torch
+from packed_samples import activations, layer, quantized
+from trifold.kernels import explain
+module = layer(quantized(64, 192, 4, 64, False))
+assert module(activations(3, 192)).isfinite().all()
+print(explain(module.spec, torch.float16, "cuda").rejected["weight_only.planes"])
+"""
+
+
+def process(*command, **variables):
+    path = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, cwd=HERE.parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("name", [path.stem for path in sorted(CHECKS.glob("interpreted_*.py"))])
+def test_values_in_the_interpreter(name):
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", CHECKS / f"{name}.py")
+    assert " passed" in process(*command, TRITON_INTERPRET="1")
+
+
+@needs_triton
+def test_compiled_code_keeps_the_budget(tmp_path):
+    variables = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    assert " within the budget" in process(CHECKS / "compiled.py", **variables)
+
+
+def test_without_triton_everything_else_works():
+    assert process("-c", WITHOUT) == "triton is not installed\n"
