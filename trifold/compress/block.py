@@ -128,7 +128,7 @@ class BlockCompressor:
         """Run the recipe's block methods. carries: what each passed on from the block before."""
         for step, method, allowed in self.plan.rewrites:
             chosen = [name for name in self.weights if self.prefix + name in allowed]
-            statistics = self._gather(chosen, (Gram, *method.needs))
+            statistics = self._gather(chosen, (Gram, *method.gathers))
             leaders = {name: stage[0] for stage in self.runner.stages for name in stage}
             context = BlockContext(
                 topology=topology,
@@ -239,7 +239,7 @@ class BlockCompressor:
         """What the methods of these layers, and static scales of their inputs, want to know."""
         plans = [self.layer_plan(name) for name in names]
         static = {AbsMax} if any(plan.input is not None and plan.input.static for plan in plans) else set()
-        return static | {kind for plan in plans for kind in plan.method.needs}
+        return static | {kind for plan in plans for kind in plan.method.gathers}
 
     def _affordable(self, wave: Sequence[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
         """A wave in parts whose statistics fit into memory together."""

@@ -41,7 +41,7 @@ class Plan:
     @property
     def follows_dense(self) -> bool:
         """Whether a second stream of hidden states, the dense model's, has to be kept."""
-        kinds = {kind for plan in self.layers.values() for kind in plan.method.needs}
+        kinds = {kind for plan in self.layers.values() for kind in plan.method.gathers}
         return any("x_dense" in kind.needs for kind in kinds)
 
 
@@ -136,7 +136,7 @@ def _layer_plan(step: Step, name: str, module: nn.Module, sharing: list[str]) ->
             options.update(override.options)
     method, scheme = step.build(options), step.scheme_with(changes)
     assert isinstance(method, LayerMethod)
-    if is_embedding(module) and (method.needs or step.input):
+    if is_embedding(module) and (method.gathers or step.input):
         both = "".join(f" (and of {other}, which shares it)" for other in sharing)
         raise RecipeError(
             f"{name}{both}: an embedding has no inputs to calibrate on; use a step with method: rtn for it"

@@ -144,9 +144,12 @@ class Step(_Strict):
         kind, full = METHODS.get(method), {**data, "name": data.get("name") or method}
         with _placed():
             full["options"] = dataclasses.asdict(build_method(method, options))  # type: ignore[call-overload]
-        if issubclass(kind, LayerMethod) and kind.quantizes:
+        taken = kind.takes_scheme if issubclass(kind, LayerMethod) else "never"
+        if taken == "always":
             full["scheme"] = {} if data.get("scheme") is None else data["scheme"]
-        elif data.get("scheme") or data.get("input"):
+        elif data.get("input") and data.get("scheme") is None and taken == "if given":
+            raise ValueError(f"{method} rounds inputs only where it rounds weights; give it a `scheme`")
+        elif taken == "never" and (data.get("scheme") or data.get("input")):
             raise ValueError(f"{method} takes no scheme; give it to a later step")
         return full
 
@@ -204,7 +207,7 @@ class Recipe(_Strict):
     @property
     def data_free(self) -> bool:
         """True if no step needs calibration text."""
-        return not self.has_static_inputs and not any(METHODS.get(step.method).needs for step in self.steps)
+        return not self.has_static_inputs and not any(step.build().gathers for step in self.steps)
 
     @property
     def has_static_inputs(self) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -133,11 +133,19 @@ class Method:
 
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
 
+    @property
+    def gathers(self) -> tuple[type[Statistic], ...]:
+        """What these settings need of them; by default all."""
+        return self.needs
+
 
 class LayerMethod(Method, ABC):
-    """Decides the weights of linears that share one input."""
+    """Decides the weights of linears that share one input. takes_scheme: whether it rounds them, too."""
 
-    quantizes: ClassVar[bool] = True
+    takes_scheme: ClassVar[Literal["always", "if given", "never"]] = "always"
+
+    def check(self, shape: tuple[int, int], scheme: Scheme | None) -> None:
+        """Raises RecipeError, which need not name the layer, if an (out, in) weight cannot be solved so."""
 
     @abstractmethod
     def solve(self, problem: LayerProblem) -> LayerSolution:

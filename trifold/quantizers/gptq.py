@@ -20,9 +20,9 @@ from trifold.core.method import METHODS, Bounds, LayerMethod, LayerProblem, Laye
 from trifold.core.obs import Damping, damped, inverse_cholesky, sweep
 from trifold.core.ranges import Ranges, fit_ranges
 from trifold.core.refine import refine
+from trifold.core.rounding import quantized
 from trifold.core.scheme import Scheme
 from trifold.core.statistics import Gram, Statistic
-from trifold.quantizers.rtn import quantized
 
 
 @METHODS.register("gptq")

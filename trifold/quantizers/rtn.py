@@ -8,16 +8,9 @@ import torch
 
 from trifold.core.canonical import Quantized
 from trifold.core.method import METHODS, Bounds, LayerMethod, LayerProblem, LayerSolution
-from trifold.core.ranges import Ranges, expand_groups, fit_ranges, to_codes, to_stored
-from trifold.core.scheme import SCALE_DTYPES, Scheme
-
-
-def quantized(codes: torch.Tensor, bounds: Bounds, scheme: Scheme) -> Quantized:
-    """codes (out, in), as `to_codes` gives them, with their ranges -> Quantized as it is stored."""
-    scale, zero = bounds
-    dtype = SCALE_DTYPES[scheme.scale_dtype]
-    stored_zero = None if zero is None else zero.to(dtype if scheme.zero_point == "real" else torch.uint8)
-    return Quantized(to_stored(codes, scheme), scale.to(dtype), stored_zero, scheme)
+from trifold.core.ranges import Ranges, expand_groups, fit_ranges, to_codes
+from trifold.core.rounding import quantized
+from trifold.core.scheme import Scheme
 
 
 def round_to_nearest(weight: torch.Tensor, bounds: Bounds, scheme: Scheme) -> Quantized:
