@@ -143,6 +143,10 @@ def _layer_plan(step: Step, name: str, module: nn.Module, sharing: list[str]) ->
         )
     shape = tuple(module.get_parameter("weight").shape)
     rows, columns = reversed(shape) if is_transposed(module) else shape
+    try:
+        method.check((rows, columns), scheme)
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}") from error
     return LayerPlan((rows, columns), method, scheme, step.input.build() if step.input else None)
 
 

@@ -26,7 +26,8 @@ from pydantic import (
     model_validator,
 )
 
-import trifold.quantizers  # noqa: F401 - registers its methods
+import trifold.quantizers
+import trifold.sparsity  # noqa: F401 - both register their methods
 from trifold.core.errors import RecipeError, unknown_name
 from trifold.core.inputs import InputScheme
 from trifold.core.method import METHODS, LayerMethod, Method

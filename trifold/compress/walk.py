@@ -63,11 +63,12 @@ class Walk:
             if name.startswith(job.source.blocks + "."):
                 continue
             module = job.source.model.get_submodule(name)
-            if not is_embedding(module) or plan.scheme is None:
+            if not is_embedding(module):
                 continue
             parameter = module.get_parameter("weight")
             weight = parameter.data.float()
-            canonical = plan.method.solve(LayerProblem({name: weight}, {name: plan.scheme})).canonical[name]
+            schemes = {} if plan.scheme is None else {name: plan.scheme}
+            canonical = plan.method.solve(LayerProblem({name: weight}, schemes)).canonical[name]
             self.outside.add(name, canonical)
             rounded = canonical.dequantize()
             entry = {

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from trifold.core.canonical import Dense, Quantized, Sparse
+from trifold.core.canonical import Dense, Sparse
 from trifold.core.columns import NearestCode
 from trifold.core.method import LayerProblem
 from trifold.core.obs import Damping, damped, inverse_cholesky, sweep
@@ -68,8 +68,8 @@ def round_survivors(
     origin = torch.full_like(scale, scheme.midpoint) if zero is None else zero
     if metric is None:
         width = scheme.group_width(values.shape[1])
-        expanded = (expand_groups(b, values.shape, width) for b in (scale, origin))
-        codes = to_codes(values, *expanded, scheme)
+        each, offset = (expand_groups(b, values.shape, width) for b in (scale, origin))
+        codes = to_codes(values, each, offset, scheme)
     else:
         codes, scale = _swept(values, target, mask, scale, origin, scheme, metric, rounds)
     return masked(codes, scale, zero, mask, pattern, scheme)
