@@ -17,7 +17,7 @@ PRESETS = {
     "s50-wanda": ("bitmask", "50% zeros bfloat16"),
     "s50-sparsegpt": ("bitmask", "50% zeros bfloat16"),
     "s24-sparsegpt": ("sparse24", "2:4 bfloat16"),
-    "w4-s50-gqsa": ("group_sparse_int", "int4 g16 asym, 50% of groups dropped"),
+    "w4-s50-gqsa": ("group_sparse_int", "int4 g16 asym, "),
     "w4-s30-gqsa": ("group_sparse_int", "int4 g16 asym"),
     "w4-s24": ("sparse24", "2:4 int4"),
     "s50-magnitude": ("bitmask", "50% zeros bfloat16"),

@@ -71,7 +71,7 @@ def test_a_start_that_is_better_stays():
 
 
 def test_dense_targets_are_the_cross_gram():
-    weight, hessian, mask, x = problem()
+    weight, _, mask, x = problem()
     x_dense = x + 5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     gram = x @ x.T
     moved = toward_dense(weight, gram, (x_dense - x) @ x.T, 1.0)

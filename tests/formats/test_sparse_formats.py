@@ -125,7 +125,7 @@ def test_what_sparse24_cannot_hold_goes_to_the_bitmask():
 def test_rows_of_too_many_groups():
     spec = {"format": "group_sparse_int", "shape": [1, 2**16], "groups": 3}
     spec |= {"bits": 4, "group_size": 1, "symmetric": True, "scale_dtype": "bfloat16"}
-    with pytest.raises(InputError, match="holds rows of 32768 groups at most.*use a larger group_size"):
+    with pytest.raises(InputError, match=r"holds rows of 32768 groups at most.*use a larger group_size"):
         layout(spec)
 
 

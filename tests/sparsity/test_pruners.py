@@ -91,7 +91,7 @@ def test_more_sparsity_costs_more(kind):
     weight, gram = correlated()
     scheme = Scheme(8, 16) if kind is GQSA else None
     errors = [error(kind(sparsity=s), weight, gram, scheme) for s in (0.0, 0.25, 0.5, 0.75, 0.9)]
-    assert all(a < b for a, b in zip(errors, errors[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(errors))
 
 
 def test_mask_only_methods_leave_the_rest_alone():
@@ -213,7 +213,7 @@ def test_impossible_layers():
     with pytest.raises(RecipeError, match="group_size='channel' has none inside a row"):
         GQSA().check((3, 44), Scheme(4, "channel"))
     with pytest.raises(
-        RecipeError, match="group_sparse_int holds integers.*not grid='nf4'.*held by the format bitmask"
+        RecipeError, match=r"group_sparse_int holds integers.*not grid='nf4'.*held by the format bitmask"
     ):
         GQSA().check((3, 44), Scheme(4, 16, grid="nf4"))
     with pytest.raises(RecipeError, match="not zero_point='real'"):

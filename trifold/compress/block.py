@@ -113,6 +113,7 @@ class BlockCompressor:
         self.bounds: dict[str, Bounds] = {}
         self.events: dict[str, dict[str, Any]] = {}
         self.experts = ExpertTokens(module, plan.min_expert_tokens)
+        self.canonical: dict[str, Canonical] = {}  # of finished layers that will be tuned
         self.done = Compressed()
 
     def layer_plan(self, name: str) -> LayerPlan:
@@ -306,6 +307,8 @@ class BlockCompressor:
             if rounds_input(describe(canonical)):
                 self._round_input(module, canonical)
         self.done.add(self.prefix + name, canonical)
+        if any(self.prefix + name in tuned for _, _, tuned in self.plan.tuners):
+            self.canonical[name] = canonical
         metric = seen.gram if seen.gram is not None else torch.eye(weight.shape[1], device=weight.device)
         entry = {
             "error": relative_error(self.weights[name], weight, metric),
@@ -318,6 +321,13 @@ class BlockCompressor:
         }
         self.done.report[self.prefix + name] = entry
         self.layer_done(self.prefix + name, entry)
+
+    def replace(self, name: str, canonical: Canonical, event: Mapping[str, Any]) -> None:
+        """Put another decision of the same structure in the place of a layer's."""
+        self.canonical[name] = canonical
+        set_weight(self.runner.linears[name], canonical.dequantize())
+        self.done.add(self.prefix + name, canonical)
+        self.done.report[self.prefix + name].update(event)
 
     def _round_input(self, module: nn.Module, canonical: Canonical) -> None:
         """Let a solved linear do to its input what the packed one will, with products in float32: a last bit less

@@ -88,8 +88,12 @@ class Journal:
         return self._load(self._shard(block))
 
     def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep tensors under a name, for the proof."""
+        """Keep tensors under a name, for the proof or for going on."""
         save_synced(tensors, self.folder / f"{name}.safetensors")
+
+    def has(self, name: str) -> bool:
+        """Whether `keep` stored something under this name."""
+        return (self.folder / f"{name}.safetensors").exists()
 
     def kept(self, name: str) -> dict[str, torch.Tensor]:
         """What `keep` stored."""

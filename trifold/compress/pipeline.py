@@ -28,6 +28,7 @@ from trifold.compress.proof import prove
 from trifold.compress.recipe import Recipe
 from trifold.compress.source import LiveSource, Source
 from trifold.compress.summary import summarise
+from trifold.compress.tune import ModelTuning
 from trifold.compress.walk import Walk
 from trifold.core.errors import CalibrationError, InputError, ProofError
 from trifold.core.families import topology_of
@@ -129,11 +130,12 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
         tail, logits = walk.tail()
         everything.note(tail.modules, tail.report, tail.digests)
         journal.keep("reference-logits", {"logits": logits})
-    job.report.end()
+        job.report.end()
+        tuned = _tuned(walk, journal, everything)
 
     def units() -> Iterator[Mapping[str, torch.Tensor]]:
         for index in range(source.block_count):
-            yield journal.block_tensors(index)
+            yield journal.block_tensors(index) if tuned is None else tuned[index]
         yield tail.tensors
 
     checkpoint.write_shards(partial, units(), checkpoint.parse_size(job.options.max_shard_size))
@@ -148,6 +150,19 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     journal.remove()
     checkpoint.publish(partial, output)
     return report
+
+
+def _tuned(walk: Walk, journal: Journal, everything: Compressed) -> list[dict[str, torch.Tensor]] | None:
+    """Run the recipe's tuners of the whole model: the tensors of each block, or None if there are none."""
+    tuners = [entry for entry in walk.job.plan.tuners if entry[1].level == "model"]
+    if not tuners:
+        return None
+    tuning = ModelTuning(walk, journal, everything)
+    for step, tuner, names in tuners:
+        tuning.tune(step, tuner, sorted(names & set(everything.modules)))
+    tuning.keep_references()
+    tuning.close()
+    return tuning.tensors
 
 
 def compress_live(job: Job) -> dict[str, Any]:
@@ -256,6 +271,9 @@ def run(
         checkpoint.check_output(output)
     job = prepare(model, recipe, calibration, options, report, tokenizer)
     if isinstance(job.source, LiveSource):
+        whole = [step for step, tuner, _ in job.plan.tuners if tuner.level == "model"]
+        if whole and output is None:
+            raise InputError(f"step {whole[0]!r} tunes a whole model, which a live one does not become; give an output")
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:

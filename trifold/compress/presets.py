@@ -4,8 +4,8 @@ N is the number of bits; 16 means left as it is. Without a grid: integers in gro
 rounded activations one symmetric scale per row. `static`: the scale of activations is found in calibration, not for
 each token at run time. `eN`: embeddings and head have N bits too.
 
-With fewer weights: `[wN-]sNN[-method][-recovered]`, such as `s50-wanda`, `w4-s50-gqsa` or `w4-s24`; NN is the percentage
-that goes, and 24 the pattern 2:4. Without `wN` what stays has 16 bits. `recovered`: then tuned by gradient.
+With fewer weights: `[wN-]sNN[-method][-recovered]`, such as `s50-wanda`, `w4-s50-gqsa` or `w4-s24`; NN is the
+percentage that goes, and 24 the pattern 2:4. Without `wN` what stays has 16 bits. `recovered`: then tuned by gradient.
 """
 
 from __future__ import annotations
@@ -134,4 +134,5 @@ def preset_names() -> list[str]:
     rounded = ["", "-gptq", *(f"-{method}" for method in ROUNDED_STEPS), "-fp8", "-static", "-smoothquant-static"]
     ends = ["w4a16-gptq-e8", "w4a16-gptq-e4"]
     sparse = ["s50-wanda", "s50-sparsegpt", "s24-sparsegpt", "w4-s50-gqsa", "w4-s30-gqsa", "w4-s24"]
+    sparse += [f"{name}-recovered" for name in sparse]
     return [*names, "w8a16", "w8a16-gptq", *grids, *with_gptq, *(f"w8a8{name}" for name in rounded), *ends, *sparse]

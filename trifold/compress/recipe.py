@@ -27,10 +27,11 @@ from pydantic import (
 )
 
 import trifold.quantizers
-import trifold.sparsity  # noqa: F401 - both register their methods
+import trifold.sparsity
+import trifold.tuning  # noqa: F401 - all three register their methods
 from trifold.core.errors import RecipeError, unknown_name
 from trifold.core.inputs import InputScheme
-from trifold.core.method import METHODS, LayerMethod, Method
+from trifold.core.method import METHODS, LayerMethod, Method, Tuner
 from trifold.core.scheme import Scheme
 from trifold.core.tables import TABLES
 
@@ -182,6 +183,12 @@ class Step(_Strict):
             raise RecipeError(_explain(error, SchemeModel)) from error
 
     @property
+    def wants_text(self) -> bool:
+        """Whether it cannot do without calibration text."""
+        method = self.build()
+        return bool(method.gathers) or isinstance(method, Tuner)
+
+    @property
     def solves(self) -> bool:
         return issubclass(METHODS.get(self.method), LayerMethod)
 
@@ -208,7 +215,7 @@ class Recipe(_Strict):
     @property
     def data_free(self) -> bool:
         """True if no step needs calibration text."""
-        return not self.has_static_inputs and not any(step.build().gathers for step in self.steps)
+        return not self.has_static_inputs and not any(step.wants_text for step in self.steps)
 
     @property
     def has_static_inputs(self) -> bool:

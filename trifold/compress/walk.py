@@ -108,7 +108,9 @@ class Walk:
             dense = compressor.follow_dense([calls[index] for calls in self.dense_calls], self.dense)
         with compressor.rounded_inputs():
             result = compressor.solve(job.recipe.true_sequential)
-            self.hidden, self.dense = runner.advance(), dense.advance() if dense else []
+            self.dense = dense.advance() if dense else []
+            self._tune(compressor)
+            self.hidden = runner.advance()
         for notice in compressor.experts.notices(prefix):
             job.report.notice(notice)
         compressor.experts.release()
@@ -119,6 +121,16 @@ class Walk:
         errors = [entry["error"] for entry in result.report.values()]
         job.report.block(index, source.block_count, self.finished, sum(errors) / max(len(errors), 1))
         return result
+
+    def _tune(self, compressor: BlockCompressor) -> None:
+        """Run the recipe's block tuners on a solved block, towards the dense stream behind it."""
+        from trifold.compress.tune import tune_block
+
+        for _, tuner, chosen in self.job.plan.tuners:
+            names = [name for name in compressor.canonical if compressor.prefix + name in chosen]
+            if tuner.level == "block" and names:
+                compressor.runner.forget()
+                tune_block(compressor, tuner, names, self.dense, self.job)
 
     def tail(self) -> tuple[Compressed, torch.Tensor]:
         """Compress what the recipe addresses behind the blocks; the reference logits of the first batch."""

@@ -168,14 +168,46 @@ class ModelMethod(Method, ABC):
         """The tensor to use instead."""
 
 
+@dataclass(frozen=True)
+class TuningProblem:
+    """What was decided, and a loss that may be differentiated.
+
+    canonical: linear name -> what was decided. loss(batch, weights): the scalar loss of one batch with these
+    weights, name -> a function that gives (out, in) float32; it may be called again in the backward pass. learn,
+    judge: numbers of the batches to learn from and to choose by. seed: of the order of batches. note: shown as
+    progress. keep, kept: state for a run that is broken off; None where it is not worth keeping.
+    """
+
+    canonical: Mapping[str, Canonical]
+    loss: Callable[[int, Mapping[str, Callable[[], torch.Tensor]]], torch.Tensor]
+    learn: Sequence[int]
+    judge: Sequence[int]
+    seed: int = 0
+    note: Callable[[str], None] = lambda message: None
+    keep: Callable[[Mapping[str, torch.Tensor]], None] = lambda state: None
+    kept: Callable[[], Mapping[str, torch.Tensor] | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class TuningSolution:
+    """canonical: of the same structure as before. event: for the report."""
+
+    canonical: Mapping[str, Canonical]
+    event: Mapping[str, Any]
+
+
 class Tuner(Method, ABC):
-    """Optimises scales, zero-points or surviving weights by gradient."""
+    """Optimises scales, zero-points or surviving weights by gradient. level: of a block at a time, against the dense
+    one's outputs, or of the whole model, on the text itself."""
+
+    level: ClassVar[Literal["block", "model"]]
+
+    def check(self, scheme: Scheme | None) -> None:
+        """Raises RecipeError, which need not name the layer, if a layer of this scheme has nothing to tune."""
 
     @abstractmethod
-    def tune(
-        self, block: torch.nn.Module, canonical: Mapping[str, Canonical], batches: Sequence[Any]
-    ) -> Mapping[str, Canonical]:
-        """Better values for what was decided, of the same structure."""
+    def tune(self, problem: TuningProblem) -> TuningSolution:
+        """Never worse on the batches to judge by than what was decided."""
 
 
 METHODS: Registry[type[Method]] = Registry("method")

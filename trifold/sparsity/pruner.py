@@ -77,8 +77,8 @@ class Pruner(LayerMethod):
         pattern.check(shape[1])
         if pattern.sparsity is not None and self.sparsity not in (None, pattern.sparsity):
             raise RecipeError(
-                f"sparsity={self.sparsity} cannot be had with pattern={pattern.text!r}, which drops {pattern.sparsity:g}"
-                "; leave it out or use pattern='unstructured'"
+                f"sparsity={self.sparsity} cannot be had with pattern={pattern.text!r}, which drops "
+                f"{pattern.sparsity:g}; leave it out or use pattern='unstructured'"
             )
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
