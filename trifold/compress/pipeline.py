@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trifold.compress import checkpoint
+from trifold.compress.allocate import allocate_shares, has_budget, with_shares
 from trifold.compress.block import Compressed
 from trifold.compress.calibration import Calibration, default_batch_size, random_windows, text_windows
 from trifold.compress.files import model_folder
@@ -114,6 +115,10 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     source, everything = job.source, Compressed()
     source.open_outside()
     with Walk(job) as walk:
+        if has_budget(job.plan):
+            shares = journal.noted("allocation") or allocate_shares(walk)
+            journal.note("allocation", shares)
+            job.plan = with_shares(job.plan, shares)
         if walk.shares_state:
             journal.done = 0  # blocks read what earlier ones left in memory, so none can be skipped
         if journal.done:
@@ -172,6 +177,8 @@ def compress_live(job: Job) -> dict[str, Any]:
     job.report.begin(source.block_count, 0)
     try:
         with Walk(job) as walk:
+            if has_budget(job.plan):
+                job.plan = with_shares(job.plan, allocate_shares(walk))
             for index in range(source.block_count):
                 results.append(walk.block(index))
                 everything.note(results[-1].modules, results[-1].report, results[-1].digests)

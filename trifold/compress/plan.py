@@ -20,12 +20,13 @@ from trifold.kernels import PackedExperts, is_stacked
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one linear. shape: (out, in)."""
+    """What happens to one linear. shape: (out, in). step: whose it is."""
 
     shape: tuple[int, int]
     method: LayerMethod
     scheme: Scheme | None
     input: InputScheme | None = None
+    step: str = ""
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _layer_plan(step: Step, name: str, module: nn.Module, sharing: list[str]) ->
         method.check((rows, columns), scheme)
     except RecipeError as error:
         raise RecipeError(f"{name}: {error}") from error
-    return LayerPlan((rows, columns), method, scheme, step.input.build() if step.input else None)
+    return LayerPlan((rows, columns), method, scheme, step.input.build() if step.input else None, step.name)
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:

@@ -81,6 +81,11 @@ class Walk:
             self._replaced.append((parameter, parameter.data))
             parameter.data = rounded.to(parameter.dtype)
 
+    def starts(self) -> list[torch.Tensor]:
+        """The hidden states that enter the first block. Of a walk that has not begun."""
+        assert not self.finished and not self.carries
+        return self.hidden
+
     def resume(self, entries: list[dict[str, Any]], hidden: list[torch.Tensor]) -> None:
         """Take up the states behind the last finished block."""
         self.carries, count = entries[-1]["carries"], len(self.hidden)

@@ -139,6 +139,14 @@ class Method:
         return self.needs
 
 
+@dataclass(frozen=True)
+class Budget:
+    """share: what the layers of a step give up of their weights together. by: how it is divided among them."""
+
+    share: float
+    by: Literal["curves", "owl", "uniform"]
+
+
 class LayerMethod(Method, ABC):
     """Decides the weights of linears that share one input. takes_scheme: whether it rounds them, too."""
 
@@ -146,6 +154,15 @@ class LayerMethod(Method, ABC):
 
     def check(self, shape: tuple[int, int], scheme: Scheme | None) -> None:
         """Raises RecipeError, which need not name the layer, if an (out, in) weight cannot be solved so."""
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the layers of a step share, if they do; the pipeline then asks for `at` of each."""
+        return None
+
+    def at(self, share: float, draft: bool = False) -> LayerMethod:
+        """The method for one layer that gives up this share of its weights. draft: a cheap one, to compare shares."""
+        raise NotImplementedError(f"{type(self).__name__} has no budget")
 
     @abstractmethod
     def solve(self, problem: LayerProblem) -> LayerSolution:

@@ -25,7 +25,7 @@ class E2EOQP(Tuner):
     level: ClassVar[Literal["block", "model"]] = "model"
 
     epochs: int = 2
-    lr_scales: float = 0.0003
+    lr_scales: float = 0.003
     lr_zeros: float = 0.0
 
     def __post_init__(self) -> None:
