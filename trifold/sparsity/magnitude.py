@@ -12,7 +12,7 @@ import torch
 from trifold.core.method import METHODS
 from trifold.core.pattern import Pattern
 from trifold.core.scheme import Scheme
-from trifold.core.statistics import Drift, Gram, Statistic
+from trifold.core.statistics import Statistic
 from trifold.sparsity.pruner import Pruner
 from trifold.sparsity.survivors import Metric
 
@@ -34,9 +34,7 @@ class Magnitude(Pruner):
 
     @property
     def gathers(self) -> tuple[type[Statistic], ...]:
-        if not self.refit:
-            return ()
-        return (Gram, Drift) if self.dense_targets else (Gram,)
+        return super().gathers if self.refit else ()
 
     def layout(self, scheme: Scheme | None) -> Pattern:
         return Pattern.parse(self.pattern)

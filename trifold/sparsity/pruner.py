@@ -28,7 +28,7 @@ class Pruner(LayerMethod):
     that all layers of the step drop together; allocation says how it is divided: "curves" measures what each layer
     loses at several sparsities and takes from those that lose least, "owl" spares blocks with outliers, "uniform"
     treats all alike. scope: whether each row drops as many, or the matrix as a whole. refit: the weights that stay
-    are set to the exact least-squares solution. dense_targets: how far that aims at the dense model's outputs, 0
+    are set to the exact least-squares solution. dense_targets: how far a refit aims at the dense model's outputs, 0
     (this layer's own) to 1; it follows the dense model beside the compressed one. damping: multiple of mean(diag H)
     added to the diagonal; it grows by itself while H is singular. dtype: of weights that are not rounded. ranges,
     refine: how those that are get their scales, and the rounds of refinement, as in `gptq`.
@@ -42,7 +42,7 @@ class Pruner(LayerMethod):
     allocation: Literal["curves", "owl", "uniform"] = "curves"
     scope: Scope = "row"
     refit: bool = True
-    dense_targets: float = 0.0
+    dense_targets: float = 0.5
     damping: float = 0.01
     dtype: StoredDtype = "bfloat16"
     ranges: Ranges = "mse"
@@ -66,7 +66,7 @@ class Pruner(LayerMethod):
 
     @property
     def gathers(self) -> tuple[type[Statistic], ...]:
-        return (Gram, Drift) if self.dense_targets else (Gram,)
+        return (Gram, Drift) if self.refit and self.dense_targets else (Gram,)
 
     @abstractmethod
     def layout(self, scheme: Scheme | None) -> Pattern:
@@ -89,7 +89,7 @@ class Pruner(LayerMethod):
 
     def at(self, share: float, draft: bool = False) -> Pruner:
         own = replace(self, sparsity=share, global_sparsity=None)
-        return replace(own, refit=False, refine=0, dense_targets=0.0) if draft else own
+        return replace(own, refit=False, refine=0) if draft else own
 
     def check(self, shape: tuple[int, int], scheme: Scheme | None) -> None:
         pattern = self.layout(scheme)
@@ -116,7 +116,7 @@ class Pruner(LayerMethod):
     def _target(self, weight: torch.Tensor, drift: torch.Tensor | None, metric: Metric | None) -> torch.Tensor:
         if metric is None:
             return weight
-        if self.dense_targets and drift is not None:
+        if self.refit and self.dense_targets and drift is not None:
             weight = toward_dense(weight, metric.hessian, drift, self.dense_targets)
         return weight.masked_fill(metric.dead, 0.0)  # they meet nothing, and are the first to go
 
