@@ -92,7 +92,7 @@ def _kept(scores: torch.Tensor, drop: int) -> torch.Tensor:
     return mask
 
 
-def check_sparsity(sparsity: float) -> None:
+def check_sparsity(sparsity: float, setting: str = "sparsity") -> None:
     """Raises RecipeError unless it is a share below one."""
     if not 0 <= sparsity < 1:
-        raise RecipeError(f"sparsity={sparsity} is outside [0, 1); 0.5 drops half of the weights")
+        raise RecipeError(f"{setting}={sparsity} is outside [0, 1); 0.5 drops half of the weights")

@@ -49,9 +49,9 @@ class Pruner(LayerMethod):
     refine: int = 2
 
     def __post_init__(self) -> None:
-        for share in (self.sparsity, self.global_sparsity):
-            if share is not None:
-                check_sparsity(share)
+        for setting in ("sparsity", "global_sparsity"):
+            if getattr(self, setting) is not None:
+                check_sparsity(getattr(self, setting), setting)
         if self.sparsity is not None and self.global_sparsity is not None:
             raise RecipeError(
                 f"sparsity={self.sparsity} is of each layer and global_sparsity={self.global_sparsity} of all of them "
