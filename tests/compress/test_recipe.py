@@ -88,6 +88,17 @@ def test_file_name_is_the_name_unless_it_has_one(tmp_path):
     assert Recipe.load(tmp_path / "mine.yaml").name == "mine"
 
 
+def test_two_of_four_is_no_number_to_the_base_60(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "steps: [{method: wanda, options: {pattern: 2:4}}]\nnsamples: 0x10\nseed: 1_000"
+    )
+    recipe = Recipe.load(tmp_path / "mine.yaml")
+    assert recipe.steps[0].options["pattern"] == "2:4" and (recipe.nsamples, recipe.seed) == (16, 1000)
+    assert recipe.updated(["pattern=4:8", "seed=-0"]).steps[0].options["pattern"] == "4:8"
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "again.yaml") == recipe
+
+
 def test_a_recipe_cannot_be_changed(full):
     with pytest.raises(ValueError, match="frozen"):
         full.seed = 4

@@ -39,6 +39,20 @@ BLOCKS, EMBEDDINGS, HEAD = "blocks", "embeddings", "head"  # targets that every 
 """The target that means: every linear inside the decoder blocks."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without numbers to the base 60: `2:4` is a pattern, not 124."""
+
+
+_INT = "tag:yaml.org,2002:int"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _INT]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    _INT, re.compile(r"[-+]?(?:0b[01_]+|0[0-7_]+|0x[\da-fA-F_]+|0|[1-9][\d_]*)$"), list("-+0123456789")
+)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -234,7 +248,7 @@ class Recipe(_Strict):
         path = Path(source)
         if path.suffix in (".yaml", ".yml") or os.path.isfile(path):
             try:
-                data = yaml.safe_load(path.read_text())
+                data = yaml.load(path.read_text(), _Loader)
             except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
                 raise RecipeError(f"{path}: cannot be read as YAML ({_first_line(error)})") from error
             if not isinstance(data, Mapping):
@@ -269,7 +283,7 @@ class Recipe(_Strict):
             if not sign:
                 raise RecipeError(f"--set {setting}: write it as key=value")
             try:
-                value = yaml.safe_load(text)
+                value = yaml.load(text, _Loader)
             except yaml.YAMLError:
                 value = text
             _assign(data, key.strip(), value)

@@ -19,7 +19,7 @@ from trifold.tuning.descent import Rates, descend
 @METHODS.register("bqpo")
 @dataclass(frozen=True)
 class BQPO(Tuner):
-    """epochs: passes over the calibration batches. lr_weights: in codes for rounded weights, else in shares of the
+    """epochs: passes over the calibration batches. lr_weights: in codes for rounded weights, else in 64ths of the
     root mean square, for each step; lr_scales: in shares of the scale; lr_zeros: in codes. All fall to zero along a
     cosine; 0 leaves that kind as it is."""
 

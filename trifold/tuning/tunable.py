@@ -2,7 +2,7 @@
 
 What is stored rounded is rounded in the forward pass and not in the backward pass (straight through). Parameters have
 no unit: changes of codes and zero-points count in codes, those of scales in shares of the scale, those of plain numbers
-in shares of the matrix' root mean square. So one learning rate fits layers of any size.
+in 64ths of the matrix' root mean square. So one learning rate fits layers of any size.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import nn
 from trifold.core.canonical import Canonical, Chain, Dense, LowRank, Quantized, Sparse, Split, Sum
 from trifold.core.ranges import expand_groups
 from trifold.core.scheme import SCALE_DTYPES
+
+_DENSE_STEP = 1 / 64
 
 WEIGHTS, SCALES, ZEROS = "weights", "scales", "zeros"
 """Kinds of parameters."""
@@ -61,12 +63,12 @@ class TunableDense(Tunable):
 
     def __init__(self, decided: Dense, kinds: frozenset[str]) -> None:
         super().__init__()
-        self.decided, self.size = decided, decided.values.float().square().mean().sqrt()
+        self.decided, self.step = decided, _DENSE_STEP * decided.values.float().square().mean().sqrt()
         self._parameter(WEIGHTS, kinds, decided.values)
 
     def _values(self) -> torch.Tensor:
         values = self.decided.values.float()
-        return values if self.weights is None else values + self.size * self.weights
+        return values if self.weights is None else values + self.step * self.weights
 
     def weight(self) -> torch.Tensor:
         values = self._values()
