@@ -132,7 +132,7 @@ def test_killed_without_warning(tmp_path, tiny, text):
 
 def test_live_models(tmp_path, text):
     model = make_model("llama", **LLAMA)
-    with pytest.raises(InputError, match="'e2e_oqp' tunes a whole model.*give an output"):
+    with pytest.raises(InputError, match=r"'e2e_oqp' tunes a whole model.*give an output"):
         trifold.compress(model, {"steps": [GQSA, WHOLE]}, text, tokenizer=make_tokenizer(), **SMALL)
     packed = trifold.compress(model, {"steps": [GQSA, BLOCKS]}, text, tokenizer=make_tokenizer(), **SMALL)
     assert all("bqpo" in entry for entry in packed.trifold_report["layers"].values())
