@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install test check bench clean
+.PHONY: install test check demo bench clean
 
 install: $(STAMP)
 
@@ -24,6 +24,9 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q
+
+demo: install
+	$(BIN)/trifold demo
 
 bench: install
 	$(BIN)/python benchmarks/compress.py

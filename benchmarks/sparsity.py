@@ -12,11 +12,12 @@ of the paired difference over windows.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import add_text_arguments, machine, markdown, save
+from common import RESULTS, add_text_arguments, machine, markdown, save
 from quality import score_of
 
 PRUNERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -82,7 +83,8 @@ def pruners_table(dense: dict[str, Any], cells: dict[str, dict[str, dict[str, An
 def sizes_table(dense: dict[str, Any], cells: dict[str, dict[str, dict[str, Any]]]) -> str:
     """One row a recipe, the largest first."""
     rows = []
-    for name, found in sorted(cells.items(), key=lambda item: -item[1]["plain"]["bits_per_weight"]):
+    done = {name: found for name, found in cells.items() if "plain" in found}
+    for name, found in sorted(done.items(), key=lambda item: -item[1]["plain"]["bits_per_weight"]):
         plain, tuned = found["plain"], found.get("recovered")
         row = [name, f"{plain['bits_per_weight']:.3f}", f"{plain['perplexity']:.3f}", rise(plain, dense)]
         row += ["", "", ""] if tuned is None else [f"{tuned['perplexity']:.3f}", rise(tuned, dense), rise(tuned, plain)]
@@ -96,12 +98,15 @@ def main() -> None:
     add_text_arguments(parser)
     parser.add_argument("--max-windows", type=int, default=200)
     parser.add_argument("--skip-recovery", action="store_true")
+    parser.add_argument("--go-on", action="store_true", help="Keep the cells that the results already have.")
+    parser.add_argument("--recover", help="Names of the cells to recover, by commas.  [default: all]")
     parser.add_argument("--name", default="sparsity", help="Name of the files in benchmarks/results.")
     args = parser.parse_args()
-    dense = score_of(args.model, args)
+    before = json.loads((RESULTS / f"{args.name}.json").read_text()) if args.go_on else {}
+    dense = before.get("dense") or score_of(args.model, args)
     print(f"dense: loss {dense['loss']:.4f}", flush=True)
-    pruned: dict[str, dict[str, dict[str, Any]]] = {}
-    sizes: dict[str, dict[str, dict[str, Any]]] = {}
+    pruned: dict[str, dict[str, dict[str, Any]]] = before.get("pruned", {})
+    sizes: dict[str, dict[str, dict[str, Any]]] = before.get("sizes", {})
 
     def write() -> None:
         protocol = f"{args.nsamples} x {args.seqlen} tokens of calibration, {args.max_windows} windows scored"
@@ -112,16 +117,20 @@ def main() -> None:
         data = {"machine": machine(), "model": Path(args.model).name, "dense": dense, "pruned": pruned, "sizes": sizes}
         save(args.name, data, text)
 
+    def fill(row: dict[str, dict[str, Any]], place: str, name: str, steps: list[dict[str, Any]]) -> None:
+        if place not in row:
+            row[place] = cell(args, name, steps)
+            write()
+
     for pattern, options in PATTERNS.items():
         for name, (method, own) in PRUNERS.items():
-            step = {"method": method, "options": {**options, **own}}
-            pruned.setdefault(pattern, {})[name] = cell(args, f"{name} {pattern}", [step])
+            steps = [{"method": method, "options": {**options, **own}}]
+            fill(pruned.setdefault(pattern, {}), name, f"{name} {pattern}", steps)
     for name, step in SIZES.items():
-        sizes[name] = {"plain": cell(args, name, [step])}
-        write()
-    for name, step in () if args.skip_recovery else SIZES.items():
-        sizes[name]["recovered"] = cell(args, f"{name} recovered", [step, *RECOVERY])
-        write()
+        fill(sizes.setdefault(name, {}), "plain", name, [step])
+    chosen = args.recover.split(",") if args.recover else list(SIZES)
+    for name in () if args.skip_recovery else chosen:
+        fill(sizes[name], "recovered", f"{name} recovered", [SIZES[name], *RECOVERY])
 
 
 if __name__ == "__main__":

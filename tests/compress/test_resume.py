@@ -10,7 +10,6 @@ import time
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import contents, trifold_cli, write_text
@@ -75,7 +74,7 @@ MOMENTS = {
     "after the second block": (journal.Journal, "write_block", 2, True),
     "after the last block": (journal.Journal, "write_block", 3, True),
     "before the shards": (checkpoint, "write_shards", 1, False),
-    "between the shards": (checkpoint, "save_synced", 2, True),
+    "between the shards": (checkpoint, "write_entries", 2, True),
     "after the shards": (checkpoint, "write_shards", 1, True),
     "before the other files": (FolderSource, "copy_files", 1, False),
     "before config.json": (checkpoint, "write_config", 1, False),
@@ -167,7 +166,7 @@ def slow(owner, name):
         return original(*args, **kwargs)
     setattr(owner, name, slowed)
 
-for owner, name in ((journal.Journal, "write_block"), (checkpoint, "save_synced"), (pipeline, "prove")):
+for owner, name in ((journal.Journal, "write_block"), (checkpoint, "write_entries"), (pipeline, "prove")):
     slow(owner, name)
 main(sys.argv[1:])
 """
@@ -281,13 +280,9 @@ def no_space(*_args, **_kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def no_space_in_safetensors(*_args, **_kwargs):
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "failure"),
-    [(os, "fsync", no_space), (journal, "save_file", no_space_in_safetensors), (os, "replace", no_space)],
+    [(os, "fsync", no_space), (journal, "write_tensors", no_space), (os, "replace", no_space)],
 )
 @pytest.mark.parametrize("call", [2, 7, 9])
 def test_full_disk(monkeypatch, tmp_path, arguments, whole, owner, name, failure, call):

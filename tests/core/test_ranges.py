@@ -3,6 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trifold.core import ranges
+from trifold.core.native import library
 from trifold.core.ranges import expand_groups, fit_ranges, from_bounds, group_view, round_scale, to_codes
 from trifold.core.scheme import SCALE_DTYPES, Scheme
 
@@ -189,9 +191,10 @@ def test_views_of_groups():
 
 
 def test_slabs_do_not_change_the_result(monkeypatch):
+    monkeypatch.setattr(ranges, "search_ranges", lambda *_: None)
     w = torch.randn(9, 43, generator=torch.Generator().manual_seed(0))
     whole = fit_ranges(w, exact(4, False, 16), "mse")
-    monkeypatch.setattr("trifold.core.ranges._ROWS_AT_ONCE", 100)
+    monkeypatch.setattr("trifold.core.ranges._ELEMENTS_AT_ONCE", 100)
     parts = fit_ranges(w, exact(4, False, 16), "mse")
     assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
 
@@ -227,3 +230,54 @@ def test_no_finite_weight_gives_nan_with_real_zero_points(ranges, dtype):
     )
     assert all(torch.isfinite(tensor).all() for tensor in (codes, scale, zero))
     assert not torch.isnan(back).any() and not back[4].any()
+
+
+# -- the compiled search -------------------------------------------------------------------------------------
+
+
+def both_searches(weight, scheme, monkeypatch, **options):
+    """Ranges as the compiled search finds them and as torch does."""
+    found = fit_ranges(weight, scheme, "mse", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(ranges, "search_ranges", lambda *_: None)
+        return found, fit_ranges(weight, scheme, "mse", **options)
+
+
+@pytest.mark.skipif(library("ranges") is None, reason="no C compiler")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("norm", [2, 2.4, 4, 1.0])
+@pytest.mark.parametrize("bits, symmetric, group", [(4, False, 32), (3, True, 48), (2, False, "channel"), (1, True, 7)])
+def test_the_compiled_search_finds_what_torch_does(bits, symmetric, group, norm, dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(37, 131, generator=generator) * torch.rand(37, 1, generator=generator)
+    weight[3] = 0
+    weight[5, :60] = 0
+    weight[7] = weight[7].abs()
+    scheme, importance = Scheme(bits, group, symmetric, dtype), torch.rand(131, generator=generator)
+    (scale, zero), (wanted, wanted_zero) = both_searches(weight, scheme, monkeypatch, norm=norm, importance=importance)
+    same = scale == wanted
+    assert same.float().mean() > 0.99  # two ranges may be equally good
+    assert (zero is None) == (wanted_zero is None) and (zero is None or (zero == wanted_zero)[same].all())
+    width = scheme.group_width(131)
+
+    def loss(scale, zero):
+        s = expand_groups(scale, weight.shape, width)
+        z = scheme.midpoint if zero is None else expand_groups(zero, weight.shape, width)
+        error = ((to_codes(weight, s, z, scheme) - z) * s - weight).abs().double().pow(norm) * importance
+        return group_view(torch.nn.functional.pad(error, (0, -131 % width)), width).sum(-1)
+
+    assert torch.allclose(loss(scale, zero), loss(wanted, wanted_zero), rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.skipif(library("ranges") is None, reason="no C compiler")
+def test_the_compiled_search_does_not_depend_on_threads():
+    weight = torch.randn(1031, 600, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(fit_ranges(weight, Scheme(4, 64), "mse"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

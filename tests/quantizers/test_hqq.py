@@ -160,7 +160,7 @@ def test_groups_are_independent_also_a_shorter_last_one():
 def test_slabs_do_not_change_the_result(monkeypatch):
     w, scheme = weight(), Scheme(3, 16, zero_point="real")
     whole = HQQ().ranges(w, scheme)
-    monkeypatch.setattr("trifold.core.ranges._ROWS_AT_ONCE", 100)
+    monkeypatch.setattr("trifold.core.ranges._ELEMENTS_AT_ONCE", 100)
     assert all(torch.equal(a, b) for a, b in zip(whole, HQQ().ranges(w, scheme), strict=True))
 
 

@@ -14,10 +14,14 @@ from trifold.cli.output import emit, facts, json_option, level, size, with_verbo
 @click.argument("model")
 @click.option("-r", "--recipe", required=True, help="Preset name (see `trifold recipes`) or YAML file.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to create.")
-@click.option("--calib", metavar="FILE|DATASET", help="Calibration text: .jsonl, text file or dataset name.")
+@click.option("--calib", metavar="FILE|DATASET", help="Calibration text: .jsonl, text file, dataset name or demo.")
 @click.option("--nsamples", type=int, help="Calibration windows.  [default: the recipe's, 128]")
 @click.option("--seqlen", type=int, help="Tokens of a window.  [default: the recipe's, 2048]")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Windows per forward pass.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Windows per forward pass.  [default: about 512 tokens on a CPU, 8192 on a GPU]",
+)
 @click.option("--device", default="auto", show_default=True)
 @click.option(
     "--dtype",
@@ -46,7 +50,7 @@ def compress(
     quiet: bool,
     **rest: Any,
 ) -> None:
-    """Compress MODEL, a folder or hub id, into a packed checkpoint.
+    """Compress MODEL, a folder, a hub id or `demo`, into a packed checkpoint.
 
     An interrupted run goes on when the same command is repeated.
     """

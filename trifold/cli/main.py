@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from trifold.cli.compress import compress
+from trifold.cli.demo import demo
 from trifold.cli.eval import evaluate
 from trifold.cli.generate import generate
 from trifold.cli.inspect import inspect
@@ -28,7 +29,7 @@ def cli() -> None:
     """Fold a language model three ways: fewer bits, fewer weights, lower rank."""
 
 
-for command in (compress, evaluate, inspect, generate, recipes):
+for command in (compress, demo, evaluate, inspect, generate, recipes):
     cli.add_command(command)
 
 

@@ -108,7 +108,7 @@ class BlockCompressor:
         self._undo: list[Callable[[], Any]] = []
         self.module, self.prefix, self.plan, self.runner = module, prefix, plan, runner
         self.observed, self.layer_done = observed, layer_done
-        self.weights = {name: weight_of(m).float().clone() for name, m in runner.linears.items()}
+        self.weights = {name: weight_of(m) for name, m in runner.linears.items()}  # modules get new ones
         self.seen: dict[str, Seen] = {}  # by stage leader, where an earlier pass gathered it
         self.bounds: dict[str, Bounds] = {}
         self.events: dict[str, dict[str, Any]] = {}
@@ -133,7 +133,7 @@ class BlockCompressor:
             leaders = {name: stage[0] for stage in self.runner.stages for name in stage}
             context = BlockContext(
                 topology=topology,
-                weights={name: self.weights[name] for name in chosen},
+                weights={name: self.weights[name].float() for name in chosen},
                 parameters=self._parameters(),
                 inputs={name: leaders[name] for name in chosen},
                 statistics={leaders[name]: statistics[leaders[name]] for name in chosen},
@@ -280,7 +280,7 @@ class BlockCompressor:
         solutions = {}
         for method, names in by_method.items():
             problem = LayerProblem(
-                {name: self.weights[name] for name in names},
+                {name: self.weights[name].float() for name in names},
                 self._schemes(names),
                 seen.gram,
                 seen.drift,
@@ -309,9 +309,8 @@ class BlockCompressor:
         self.done.add(self.prefix + name, canonical)
         if any(self.prefix + name in tuned for _, _, tuned in self.plan.tuners):
             self.canonical[name] = canonical
-        metric = seen.gram if seen.gram is not None else torch.eye(weight.shape[1], device=weight.device)
         entry = {
-            "error": relative_error(self.weights[name], weight, metric),
+            "error": relative_error(self.weights[name].float(), weight, seen.gram),
             "error_of": "output" if seen.gram is not None else "weight",
             "bits_per_weight": bits_per_weight(self.done.modules[self.prefix + name]),
             "seconds": round(seconds, 4),
@@ -350,7 +349,7 @@ def dense_tensors(
 ) -> dict[str, torch.Tensor]:
     """What stays as it is: every persistent tensor but the solved weights, by full name; of `only` these."""
     return {
-        prefix + name: tensor.detach().clone()
+        prefix + name: tensor.detach()
         for name, tensor in module.state_dict().items()
         if (only is None or name in only)
         and ((prefix + name).removesuffix(".weight") not in solved or not name.endswith(".weight"))

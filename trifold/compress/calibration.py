@@ -14,6 +14,7 @@ from trifold.compress.text import Windows, clamp_seqlen, windows_from_documents,
 from trifold.core.errors import CalibrationError
 
 TOKENS_PER_BATCH = 1024
+CALIBRATION_TOKENS = {"cpu": 512, "cuda": 8192}  # per forward pass while blocks are compressed
 PROOF_WINDOWS, PROOF_LENGTH = 2, 64
 
 Calibration = str | os.PathLike[str] | Iterable[Any]
@@ -63,6 +64,6 @@ def random_windows(config: Any, seed: int) -> Windows:
     return windows_from_samples(list(ids), None, length, None, source="random tokens")
 
 
-def default_batch_size(windows: Windows) -> int:
-    """Windows per forward pass: about 1024 tokens."""
-    return max(1, TOKENS_PER_BATCH // windows.seqlen)
+def default_batch_size(windows: Windows, tokens: int = TOKENS_PER_BATCH) -> int:
+    """Windows per forward pass: about so many tokens."""
+    return max(1, tokens // windows.seqlen)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from trifold.compress.journal import save_synced, sync_folder, write_synced
+from trifold.compress.journal import sync_folder, write_entries, write_synced
+from trifold.compress.tensor_file import Entry
 from trifold.core.errors import CheckpointError, InputError, ResourceError
 
 FORMAT_VERSION = "1.0"
@@ -91,32 +92,32 @@ def _resource_error(where: Path | str, number: int | None, text: str = "") -> Re
     return ResourceError(f"{where}: {problem}; {advice}, then run the same command to go on")
 
 
-def write_shards(folder: Path, units: Iterable[Mapping[str, torch.Tensor]], max_shard: int) -> None:
-    """Write tensors, given in units that need not stay in memory together, as one file or an indexed set.
+def write_shards(folder: Path, units: Iterable[Mapping[str, Entry]], max_shard: int) -> None:
+    """Write tensors, fetched one by one, as one file or an indexed set.
 
     Files of an earlier attempt, halves and temporary ones among them, are removed first.
     """
     for stale in folder.iterdir():
         if stale.is_file():
             stale.unlink()
-    pending: dict[str, torch.Tensor] = {}
+    pending: dict[str, Entry] = {}
     size, shards, total = 0, list[tuple[Path, list[str]]](), 0
 
     def flush() -> None:
         nonlocal size
         path = folder / f"shard-{len(shards):05d}.safetensors"
-        save_synced(dict(sorted(pending.items())), path)
+        write_entries(pending, path)
         shards.append((path, sorted(pending)))
         pending.clear()
         size = 0
 
     for unit in units:
-        for name, tensor in unit.items():
-            if pending and size + tensor.nbytes > max_shard:
+        for name, entry in unit.items():
+            if pending and size + entry.nbytes > max_shard:
                 flush()
-            pending[name] = tensor
-            size += tensor.nbytes
-            total += tensor.nbytes
+            pending[name] = entry
+            size += entry.nbytes
+            total += entry.nbytes
     flush()
     weight_map = {}
     for number, (path, names) in enumerate(shards, 1):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trifold.core import embedded
 from trifold.core.errors import CalibrationError
 
 # Their rows are the lines of articles, not documents; published perplexities join them with blank lines.
@@ -16,8 +17,9 @@ _LINE_DATASETS = frozenset({"wikitext"})
 
 
 def read_documents(source: str | os.PathLike[str], option: str = "--calib") -> Iterable[str]:
-    """The documents of `source`: a `.jsonl` file (field "text"), a text file (one document) or a dataset.
+    """The documents of `source`: a `.jsonl` file (field "text"), a text file (one document), a dataset or `demo`.
 
+    `demo` is the text that comes with the package, to calibrate with or to score, whichever `option` asks for.
     A dataset is `name`, `name:config` or `name:config:split` on the Hugging Face Hub; the split is "train"
     unless given, the column "text", and rows are streamed. The lines of wikitext are joined with blank
     lines into one document, the protocol of published perplexities. `option` is the command-line option
@@ -36,6 +38,8 @@ def read_documents(source: str | os.PathLike[str], option: str = "--calib") -> I
         if path.is_file() and path.stat().st_size == 0:
             raise CalibrationError(f"{name}: the file is empty; give a file with text ({option} FILE)")
         return _read_jsonl(path) if path.suffix.lower() == ".jsonl" else (_read_text(path),)
+    if name == embedded.NAME:
+        return _read_jsonl(embedded.TEXTS[option])
     if not isinstance(source, str) or _looks_like_path(name):
         raise CalibrationError(f"{name}: no such file; give an existing file ({option} FILE)")
     return _read_dataset(name, option)

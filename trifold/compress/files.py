@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from trifold.core import embedded
 from trifold.core.errors import CheckpointError, InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,14 +22,17 @@ def reason(error: BaseException) -> str:
 
 
 def model_folder(model: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """A local folder for a folder name or a hub id (downloaded, or from the cache when offline).
+    """A local folder for a folder name, a hub id (downloaded, or from the cache when offline) or `demo`.
 
-    Raises CheckpointError if there is no such folder and the hub has no such model or cannot be reached.
+    `demo` is the model that comes with the package, unless there is a folder of that name. Raises
+    CheckpointError if there is no such folder and the hub has no such model or cannot be reached.
     """
     name = os.fspath(model)
     path = Path(os.path.expanduser(name))
     if name and os.path.isdir(path):
         return path
+    if name == embedded.NAME:
+        return embedded.MODEL
     if os.path.exists(path) or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise CheckpointError(f"{name!r}: no such model folder (a hub id looks like 'organisation/name')")
     from huggingface_hub import constants, snapshot_download

@@ -175,7 +175,13 @@ class FolderSource(Source):
         if index in self._skeletons:
             self.model.get_submodule(self.blocks)[index] = self._skeletons.pop(index)
             return
-        for module in self.model.get_submodule(f"{self.blocks}.{index}").modules():
+        self._close(self.model.get_submodule(f"{self.blocks}.{index}"))
+
+    def close_outside(self) -> None:
+        self._close(self.model)
+
+    def _close(self, part: nn.Module) -> None:
+        for module in part.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from trifold.compress.block import Compressed
+from trifold.compress.tensor_file import Entry, stored, write_tensors
 from trifold.core.errors import InputError, ResourceError
 
 
@@ -83,9 +84,12 @@ class Journal:
         """The hidden states behind the last finished block. Raises ResourceError if the file is damaged."""
         return [t for _, t in sorted(self._load(self._hidden(self.done)).items())]
 
-    def block_tensors(self, block: int) -> dict[str, torch.Tensor]:
-        """The packed tensors of a finished block."""
-        return self._load(self._shard(block))
+    def block_tensors(self, block: int) -> dict[str, Entry]:
+        """The packed tensors of a finished block, to be read when they are wanted."""
+        try:
+            return stored(self._shard(block))
+        except (SafetensorError, OSError) as error:
+            raise _damaged(self._shard(block), error) from error
 
     def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep tensors under a name, for the proof or for going on."""
@@ -136,10 +140,13 @@ def _damaged(path: Path, error: Exception) -> ResourceError:
 
 def save_synced(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file whole or not at all."""
+    write_entries({name: Entry.of(tensor) for name, tensor in tensors.items()}, path)
+
+
+def write_entries(entries: Mapping[str, Entry], path: Path) -> None:
+    """The same of tensors that are fetched one by one."""
     aside = path.with_name(path.name + ".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, aside, metadata={"format": "pt"})
-    with open(aside, "rb") as handle:
-        os.fsync(handle.fileno())
+    write_tensors(aside, entries)
     os.replace(aside, path)
 
 

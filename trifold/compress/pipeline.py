@@ -15,7 +15,14 @@ import torch
 from trifold.compress import checkpoint
 from trifold.compress.allocate import allocate_shares, has_budget, with_shares
 from trifold.compress.block import Compressed
-from trifold.compress.calibration import Calibration, default_batch_size, random_windows, text_windows
+from trifold.compress.calibration import (
+    CALIBRATION_TOKENS,
+    TOKENS_PER_BATCH,
+    Calibration,
+    default_batch_size,
+    random_windows,
+    text_windows,
+)
 from trifold.compress.files import model_folder
 from trifold.compress.folder import FolderSource
 from trifold.compress.integration.load import load, read_compressed
@@ -29,6 +36,7 @@ from trifold.compress.proof import prove
 from trifold.compress.recipe import Recipe
 from trifold.compress.source import LiveSource, Source
 from trifold.compress.summary import summarise
+from trifold.compress.tensor_file import Entry
 from trifold.compress.tune import ModelTuning
 from trifold.compress.walk import Walk
 from trifold.core.errors import CalibrationError, InputError, ProofError
@@ -76,7 +84,8 @@ def prepare(
             f"{', '.join(step for step, _, _ in plan.rewrites)} cannot scale anything there"
         )
     source.check_finite()
-    size = options.batch_size or default_batch_size(windows)
+    tokens = CALIBRATION_TOKENS.get(torch.device(source.device).type, TOKENS_PER_BATCH)
+    size = options.batch_size or default_batch_size(windows, tokens)
     return Job(source, recipe, plan, windows, calibration is not None, topology, size, options, report)
 
 
@@ -138,14 +147,16 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
         job.report.end()
         tuned = _tuned(walk, journal, everything)
 
-    def units() -> Iterator[Mapping[str, torch.Tensor]]:
+    def units() -> Iterator[Mapping[str, Entry]]:
         for index in range(source.block_count):
             yield journal.block_tensors(index) if tuned is None else tuned[index]
-        yield tail.tensors
+        yield {name: Entry.of(tensor) for name, tensor in tail.tensors.items()}
 
     checkpoint.write_shards(partial, units(), checkpoint.parse_size(job.options.max_shard_size))
     source.copy_files(partial)
     checkpoint.write_config(partial, source.config_dict() | {"dtype": job.dtype_name}, _quantization(job, everything))
+    tail.tensors.clear()
+    source.close_outside()
     job.report.notice("proving the round trip")
     proof = prove(partial, everything, journal, job.ids[0], source)
     sizes = {name: value for name, value in summarise(partial).items() if name != "layers"}
@@ -157,7 +168,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     return report
 
 
-def _tuned(walk: Walk, journal: Journal, everything: Compressed) -> list[dict[str, torch.Tensor]] | None:
+def _tuned(walk: Walk, journal: Journal, everything: Compressed) -> list[dict[str, Entry]] | None:
     """Run the recipe's tuners of the whole model: the tensors of each block, or None if there are none."""
     tuners = [entry for entry in walk.job.plan.tuners if entry[1].level == "model"]
     if not tuners:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -113,6 +114,7 @@ class BlockRunner:
                 break
         return ".".join(parts)
 
+    @cached_property
     def _settled(self) -> dict[str, nn.Module]:
         """The outermost submodules whose linears are all final, and final linears outside of them."""
         settled: dict[str, nn.Module] = {}
@@ -130,7 +132,7 @@ class BlockRunner:
         if self._plainly:
             yield
             return
-        outputs, inputs, settled = self._outputs[batch], self._inputs[batch], self._settled()
+        outputs, inputs, settled = self._outputs[batch], self._inputs[batch], self._settled
         for name in settled:
             linear, build = self._endings.get(name, ("", None))
             if name not in outputs and linear in inputs:
@@ -189,6 +191,7 @@ class BlockRunner:
     def finish(self, names: Iterable[str]) -> None:
         """The weights of these linears will not change any more."""
         self._final.update(names)
+        self.__dict__.pop("_settled", None)
 
     def forget(self) -> None:
         """Remember nothing: final weights are about to change after all."""

@@ -54,6 +54,10 @@ class Source(ABC):
         """Give the block's memory back."""
 
     @abstractmethod
+    def close_outside(self) -> None:
+        """Give the memory of everything outside the blocks back."""
+
+    @abstractmethod
     def check_finite(self) -> None:
         """Raise CheckpointError naming the first tensor that holds NaN or infinity."""
 
@@ -94,6 +98,9 @@ class LiveSource(Source):
         return block if self.inplace else copy.deepcopy(block)
 
     def close_block(self, index: int) -> None:
+        return None
+
+    def close_outside(self) -> None:
         return None
 
     def check_finite(self) -> None:

@@ -14,10 +14,11 @@ from trifold.compress.block import BlockCompressor, Compressed
 from trifold.compress.capture import Call, Tail, capture_calls
 from trifold.compress.job import Job
 from trifold.compress.journal import Journal
+from trifold.compress.tensor_file import Entry
 from trifold.core.canonical import Canonical
 from trifold.core.linears import is_transposed, linears
 from trifold.core.method import Tuner, TuningProblem
-from trifold.formats import unpack
+from trifold.formats import layout, unpack
 from trifold.kernels import unstack
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class ModelTuning:
     def __init__(self, walk: Walk, journal: Journal, everything: Compressed) -> None:
         self.walk, self.journal, self.everything = walk, journal, everything
         source = walk.job.source
-        self.tensors = [journal.block_tensors(index) for index in range(source.block_count)]
+        self.tensors: list[dict[str, Entry]] = [journal.block_tensors(index) for index in range(source.block_count)]
         ids = [batch.to(source.device) for batch in walk.job.ids]
         self.ids, self.starts = ids, []
         for batch in ids:
@@ -105,10 +106,8 @@ class ModelTuning:
         prefix, device = self._prefix(index), self.walk.job.source.device
         for name, spec in self.everything.modules.items():
             if name.startswith(prefix):
-                own = {
-                    k.removeprefix(name + "."): t for k, t in self.tensors[index].items() if k.startswith(name + ".")
-                }
-                yield name, unpack({k: t.to(device) for k, t in own.items() if k != "bias"}, spec)
+                stored = {leaf: self.tensors[index][f"{name}.{leaf}"] for leaf in layout(spec)}
+                yield name, unpack({leaf: entry.load().to(device) for leaf, entry in stored.items()}, spec)
 
     def _open(self, index: int) -> nn.Module:
         """The block with what is not compressed as the journal has it."""
@@ -123,7 +122,7 @@ class ModelTuning:
             if owner in packed and leaf == "weight":
                 parameter.data = parameter.data.new_empty(0)  # always substituted
             elif stored is not None:
-                parameter.data = stored.to(parameter.device, parameter.dtype)
+                parameter.data = stored.load().to(parameter.device, parameter.dtype)
         return block
 
     def logits(self, batch: int, weights: Weights, keep: list[torch.Tensor] | None = None) -> torch.Tensor:
@@ -169,7 +168,7 @@ class ModelTuning:
             self.everything.report[name][str(solution.event["stage"])] = dict(solution.event)
         self.everything.note(done.modules, {}, done.digests)
         for index, tensors in enumerate(self.tensors):
-            tensors.update({k: t for k, t in done.tensors.items() if k.startswith(self._prefix(index))})
+            tensors.update({k: Entry.of(t) for k, t in done.tensors.items() if k.startswith(self._prefix(index))})
 
     @torch.no_grad()
     def keep_references(self) -> None:

@@ -42,6 +42,8 @@ class Walk:
         self.calls = [c.calls for c in captured]
         self.arity = captured[0].arity
         self.hidden = _in_one_piece([c.hidden for c in captured])
+        del captured
+        give_back()
         self.dense = _in_one_piece(self.hidden) if job.plan.follows_dense else []
         self.dense_calls = [own_state(calls) for calls in self.calls] if self.dense else []
         values = [v for calls in self.calls for c in calls for v in (*c.args, *c.kwargs.values())]

@@ -42,21 +42,31 @@ class Damping:
         return self.tries > 1 or self.dead > 0 or self.diagonal
 
 
-def damped(gram: torch.Tensor, ratio: float) -> torch.Tensor:
-    """H + ratio * mean(diag H) I in float64, dead features first given a diagonal of the mean."""
-    h = gram.to(torch.float64, copy=True)
-    diagonal = h.diagonal()
-    alive = diagonal > 0
-    mean = diagonal[alive].mean() if alive.any() else torch.ones((), dtype=h.dtype, device=h.device)
-    diagonal[~alive] = mean
-    diagonal += ratio * mean
+def damped(gram: torch.Tensor, ratio: float, order: torch.Tensor | None = None) -> torch.Tensor:
+    """H + ratio * mean(diag H) I in float64, dead features first given a diagonal of the mean.
+
+    order: (in,) int64; the features of the result in this order.
+    """
+    h = gram.to(torch.float64, copy=True) if order is None else gram[order[:, None], order].double()
+    values = _damped_diagonal(gram, ratio)
+    h.diagonal().copy_(values if order is None else values[order])
     return h
 
 
+def _damped_diagonal(gram: torch.Tensor, ratio: float) -> torch.Tensor:
+    values = gram.diagonal().double()
+    alive = values > 0
+    mean = values[alive].mean() if alive.any() else torch.ones((), dtype=values.dtype, device=values.device)
+    return torch.where(alive, values, mean) + ratio * mean
+
+
 def inverse_cholesky(
-    gram: torch.Tensor, ratio: float = 0.01, order: torch.Tensor | None = None
+    gram: torch.Tensor,
+    ratio: float = 0.01,
+    order: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, Damping]:
-    """Upper U, (in, in) float64, with UᵀU = (damped H)⁻¹, and the damping it took.
+    """Upper U, (in, in) of `dtype`, with UᵀU = (damped H)⁻¹, computed in float64; and the damping it took.
 
     order: (in,) int64; H's features are taken in this order, which U then has too. Damping grows tenfold while
     H is not positive definite; at last H is replaced by its diagonal, so a finite Gram never fails. Raises
@@ -70,17 +80,40 @@ def inverse_cholesky(
     for attempt in range(DAMPING_TRIES):
         tried = ratio * DAMPING_GROWTH**attempt if ratio else (0.0 if not attempt else 1e-8 * 100.0**attempt)
         # With H's features reversed and H = L Lᵀ, U is L⁻¹ with its rows and columns reversed.
-        lower, info = torch.linalg.cholesky_ex(damped(gram, tried)[backwards[:, None], backwards])
+        lower = damped(gram, tried, backwards).T  # column by column, as LAPACK wants it to work in place
+        info = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if info == 0:
-            inverse = torch.eye(len(gram), dtype=lower.dtype, device=lower.device)
-            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            inverse = invert_lower_(lower)
             if _finite(inverse):
-                del lower
-                return inverse.flip(0, 1), Damping(tried, attempt + 1, dead)
+                return inverse.to(dtype).flip(0, 1), Damping(tried, attempt + 1, dead)
     diagonal = damped(gram, ratio).diagonal()[order]
-    return torch.diag(diagonal.clamp(min=torch.finfo(torch.float64).tiny).rsqrt()), Damping(
-        ratio, DAMPING_TRIES, dead, diagonal=True
-    )
+    factor = torch.diag(diagonal.clamp(min=torch.finfo(torch.float64).tiny).rsqrt()).to(dtype)
+    return factor, Damping(ratio, DAMPING_TRIES, dead, diagonal=True)
+
+
+def invert_lower_(lower: torch.Tensor, block: int = 256) -> torch.Tensor:
+    """The inverse of a lower triangular (n, n), in its place.
+
+    Block columns from last to first: below the diagonal block L_jj, X = -(what is inverted already) L_ij L_jj^-1.
+    """
+    for start in range((len(lower) - 1) // block * block, -1, -block):
+        stop = min(start + block, len(lower))
+        diagonal, below = lower[start:stop, start:stop], lower[stop:, start:stop]
+        inverse = torch.linalg.solve_triangular(
+            diagonal, torch.eye(stop - start, dtype=lower.dtype, device=lower.device), upper=False
+        )
+        below.copy_((lower[stop:, stop:] @ below) @ inverse.neg())
+        diagonal.copy_(inverse)
+    return lower
+
+
+def scaled(gram: torch.Tensor, ratio: float, dtype: torch.dtype) -> torch.Tensor:
+    """`damped` H over the mean of its diagonal, (in, in) of `dtype`."""
+    values = _damped_diagonal(gram, ratio)
+    h = torch.div(gram, values.mean(), out=torch.empty_like(gram, dtype=dtype))
+    h.diagonal().copy_(values / values.mean())
+    return h
 
 
 def _finite(matrix: torch.Tensor) -> bool:
@@ -131,12 +164,17 @@ def _fix(start: int, current: torch.Tensor, errors: torch.Tensor, factor: torch.
 def quadratic_loss(difference: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """tr(D H Dᵀ), a float64 scalar. difference: (out, in), whose dtype the products have; gram: (in, in)."""
     size = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    product = difference @ (gram / size).to(difference.dtype)
+    product = difference @ torch.div(gram, size, out=torch.empty_like(gram, dtype=difference.dtype))
     return (product * difference).sum(dtype=torch.float64) * size
 
 
-def relative_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.Tensor) -> float:
-    """tr((W - Q) H (W - Q)ᵀ) / tr(W H Wᵀ): the squared output error over the squared output."""
-    total = float(quadratic_loss(weight, gram))
-    error = float(quadratic_loss(weight - approximation, gram))
+def relative_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.Tensor | None) -> float:
+    """tr((W - Q) H (W - Q)ᵀ) / tr(W H Wᵀ): the squared output error over the squared output; H = I for None."""
+
+    def loss(difference: torch.Tensor) -> float:
+        if gram is None:
+            return float(difference.square().sum(dtype=torch.float64))
+        return float(quadratic_loss(difference, gram))
+
+    total, error = loss(weight), loss(weight - approximation)
     return max(error, 0.0) / total if total > 0 else float(error > 0)

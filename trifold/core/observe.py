@@ -52,9 +52,13 @@ def observe(modules: Mapping[str, nn.Module], statistics: Mapping[str, Iterable[
 
 
 class Memory:
-    """Outputs of modules, held without copying: one that was changed in place since is forgotten."""
+    """Outputs of modules, held without copying: one that was changed in place since is forgotten.
+
+    nbytes: of the tensors that are held.
+    """
 
     def __init__(self) -> None:
+        self.nbytes = 0
         self._held: dict[str, tuple[Any, list[int]]] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -65,7 +69,7 @@ class Memory:
             value, versions = self._held[name]
             if versions == [t._version for t in _tensors(value)]:
                 return True
-            del self._held[name]
+            self.forget(name)
         return False
 
     def __getitem__(self, name: str) -> Any:
@@ -74,15 +78,14 @@ class Memory:
     def keep(self, name: str, value: Any) -> None:
         """Hold an output, if it is made of tensors alone, whose changes can be noticed."""
         if _watchable(value):
+            self.forget(name)
             self._held[name] = value, [t._version for t in _tensors(value)]
+            self.nbytes += _nbytes(value)
 
     def forget(self, name: str) -> None:
         """Let go of an output."""
-        self._held.pop(name, None)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for value, _ in self._held.values() for t in _tensors(value))
+        if name in self._held:
+            self.nbytes -= _nbytes(self._held.pop(name)[0])
 
 
 @contextmanager
@@ -119,6 +122,10 @@ def _watchable(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return type(value) in (tuple, list) and all(_watchable(v) for v in value)
     return value is None or isinstance(value, torch.Tensor)
+
+
+def _nbytes(value: Any) -> int:
+    return sum(t.nbytes for t in _tensors(value))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -15,13 +15,14 @@ from typing import Literal
 
 import torch
 
+from trifold.core.range_search import search_ranges
 from trifold.core.scheme import SCALE_DTYPES, Scheme
 
 Ranges = Literal["minmax", "mse"]
 
 SHRINK_STEPS = 80
 SHRINK_FLOOR = 0.2
-_ROWS_AT_ONCE = 2**22  # elements of a slab, so that a search over a large matrix stays in cache and memory
+_ELEMENTS_AT_ONCE = 2**20  # elements of a slab, so that work on a large matrix stays in cache and memory
 
 
 def group_view(matrix: torch.Tensor, width: int) -> torch.Tensor:
@@ -105,6 +106,12 @@ def fit_ranges(
     if scheme.group_size == "tensor":
         weight, importance = weight.reshape(1, -1), None if importance is None else importance.repeat(rows)
     width = weight.shape[1] if scheme.group_size == "tensor" else scheme.group_width(columns)
+    factors = [1 - step * (1 - SHRINK_FLOOR) / steps for step in range(steps)]
+    if ranges == "mse":
+        each = weight.new_ones(weight.shape[1]) if importance is None else importance
+        found = search_ranges(weight, width, each, factors, norm, scheme)
+        if found is not None:
+            return found
     cost = _importance_view(weight.shape[1], width, importance, weight)
     scales, zeros = [], []
     for slab in slabs(weight, width):
@@ -112,14 +119,20 @@ def fit_ranges(
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         scale, zero = from_bounds(low, high, scheme)
         if ranges == "mse":
-            scale, zero = _search(groups, low, high, scale, zero, scheme, cost, norm, steps)
+            scale, zero = _search(groups, low, high, scale, zero, scheme, cost, norm, factors)
         scales.append(scale.squeeze(-1))
         zeros.append(None if zero is None else zero.squeeze(-1))
     return torch.cat(scales), None if scheme.symmetric else torch.cat([z for z in zeros if z is not None])
 
 
+def rows_at_once(columns: int) -> int:
+    """Rows of a matrix of so many columns that are worked on together."""
+    return max(1, _ELEMENTS_AT_ONCE // columns)
+
+
 def slabs(weight: torch.Tensor, width: int) -> Iterator[torch.Tensor]:
-    return iter(weight.split(max(1, _ROWS_AT_ONCE // max(weight.shape[1], width)), dim=0))
+    """(rows, in) in parts of some rows."""
+    return iter(weight.split(rows_at_once(max(weight.shape[1], width)), dim=0))
 
 
 def _importance_view(columns: int, width: int, importance: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -138,7 +151,7 @@ def _search(
     scheme: Scheme,
     cost: torch.Tensor,
     norm: float,
-    steps: int,
+    factors: list[float],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     def error(scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         z = scheme.midpoint if zero is None else zero
@@ -150,8 +163,7 @@ def _search(
         return power.mul_(cost).sum(-1, keepdim=True)
 
     best = error(scale, zero)
-    for step in range(1, steps):
-        factor = 1 - step * (1 - SHRINK_FLOOR) / steps
+    for factor in factors[1:]:
         new_scale, new_zero = from_bounds(low * factor, high * factor, scheme)
         loss = error(new_scale, new_zero)
         better = loss < best

@@ -10,8 +10,9 @@ from trifold.core.scheme import SCALE_DTYPES, Scheme
 
 
 def quantized(codes: torch.Tensor, bounds: tuple[torch.Tensor, torch.Tensor | None], scheme: Scheme) -> Quantized:
-    """codes (out, in), as `to_codes` gives them, with their ranges -> Quantized as it is stored."""
+    """codes (out, in), as `to_codes` gives them or as `to_stored` does, with their ranges -> Quantized."""
     scale, zero = bounds
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     stored_zero = None if zero is None else zero.to(dtype if scheme.zero_point == "real" else torch.uint8)
-    return Quantized(to_stored(codes, scheme), scale.to(dtype), stored_zero, scheme)
+    codes = codes if codes.dtype == torch.uint8 else to_stored(codes, scheme)
+    return Quantized(codes, scale.to(dtype), stored_zero, scheme)

@@ -57,12 +57,18 @@ class Statistic(ABC):
         return f"{type(self).__name__}({self.in_features})"
 
 
+_MIRRORED = 512  # rows of a Gram matrix that are mirrored at once
+
+
 class Gram(Statistic):
-    """H = sum over tokens of x xᵀ, (in, in) float64. The Hessian of the layer's squared output error is 2H."""
+    """H = sum over tokens of x xᵀ, (in, in) float64. The Hessian of the layer's squared output error is 2H.
+
+    Only the upper triangle is summed up; `matrix` fills in the lower one.
+    """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
-        self._upper = torch.zeros(in_features, in_features, dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(in_features, in_features, dtype=torch.float64, device=self.device)
 
     def update(self, observation: Observation) -> None:
         x = observation.x.float()
@@ -70,17 +76,21 @@ class Gram(Statistic):
         block = max(128, -(-self.in_features // 8))
         for start in range(0, self.in_features, block):
             stop = min(start + block, self.in_features)
-            self._upper[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
+            self._sums[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
         self.tokens += x.shape[0]
 
     def _absorb(self, other: Gram) -> None:
-        self._upper += other._upper
+        self._sums += other._sums
 
     @property
     def matrix(self) -> torch.Tensor:
         """(in, in) float64, exactly symmetric."""
-        full = self._upper.triu()
-        return full.add_(self._upper.triu(1).T)
+        for start in range(0, self.in_features, _MIRRORED):
+            part = slice(start, start + _MIRRORED)
+            corner = self._sums[part, part]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+            self._sums[start + _MIRRORED :, part] = self._sums[part, start + _MIRRORED :].T
+        return self._sums
 
 
 class Drift(Statistic):

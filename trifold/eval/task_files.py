@@ -21,6 +21,7 @@ from lm_eval.tasks._index import TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from trifold.compress.files import reason
+from trifold.core import embedded
 from trifold.core.errors import InputError
 from trifold.eval.harness import Tasks
 
@@ -43,6 +44,8 @@ def build(tasks: Iterable[str | os.PathLike[str]], tasks_path: Sequence[str | os
     files: dict[str, Path] = {}
     for each in tasks:
         path = Path(each or os.devnull).expanduser()  # "" is not the working directory
+        if each == embedded.NAME and not path.exists():
+            path = embedded.TASKS
         if path.is_dir() and next(path.rglob("*.yaml"), None):
             folders.append(path.resolve())
             names += _top_level(_definitions(path))

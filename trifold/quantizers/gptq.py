@@ -17,12 +17,14 @@ from trifold.core.canonical import Quantized
 from trifold.core.columns import NearestCode
 from trifold.core.errors import RecipeError
 from trifold.core.method import METHODS, Bounds, LayerMethod, LayerProblem, LayerSolution
-from trifold.core.obs import Damping, damped, inverse_cholesky, sweep
-from trifold.core.ranges import Ranges, fit_ranges
+from trifold.core.obs import Damping, inverse_cholesky, scaled, sweep
+from trifold.core.ranges import Ranges, fit_ranges, to_stored
 from trifold.core.refine import refine
 from trifold.core.rounding import quantized
 from trifold.core.scheme import Scheme
 from trifold.core.statistics import Gram, Statistic
+
+_ELEMENTS_AT_ONCE = 2**22
 
 
 @METHODS.register("gptq")
@@ -61,8 +63,8 @@ class GPTQ(LayerMethod):
     def solve(self, problem: LayerProblem) -> LayerSolution:
         assert problem.gram is not None
         order = self._order(problem.gram)
-        upper, damping = inverse_cholesky(problem.gram, self.damping, order)
-        upper = upper.to(next(iter(problem.weights.values())).dtype)
+        dtype = next(iter(problem.weights.values())).dtype
+        upper, damping = inverse_cholesky(problem.gram, self.damping, order, dtype)
         canonical: dict[str, Quantized] = {}
         for scheme, names in _by_scheme(problem).items():
             weights = [problem.weights[n] for n in names]
@@ -99,17 +101,35 @@ class GPTQ(LayerMethod):
         zero = torch.full_like(scale, scheme.midpoint)
         if not scheme.symmetric:
             zero = torch.cat([z for _, z in bounds if z is not None])
-        codes = self._sweep(stacked, scale, zero, scheme, order, upper)
-        if self.refine and scheme.group_size != "tensor":
-            hessian = damped(gram, damping)
-            hessian = hessian.div_(hessian.diagonal().mean().clone()).to(stacked.dtype)
-            codes, scale = refine(stacked, hessian, codes, scale, zero, scheme, self.refine)
+        refines = self.refine and scheme.group_size != "tensor"
+        hessian = scaled(gram, damping, stacked.dtype) if refines else None
+        found = [
+            self._solve_rows(w, s, z, scheme, order, upper, hessian)
+            for w, s, z in zip(*(m.split(_rows_at_once(stacked)) for m in (stacked, scale, zero)), strict=True)
+        ]
+        codes, scale = (torch.cat(parts) for parts in zip(*found, strict=True))
         solved = []
         for c, s, z in zip(codes.split(rows), scale.split(rows), zero.split(rows), strict=True):
             shared = 1 if scheme.group_size == "tensor" else len(s)
             kept = (s[:shared], None if scheme.symmetric else z[:shared])
             solved.append(quantized(c, kept, scheme))
         return solved
+
+    def _solve_rows(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor,
+        scheme: Scheme,
+        order: torch.Tensor,
+        upper: torch.Tensor,
+        hessian: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes as they are stored, and scales."""
+        codes = self._sweep(weight, scale, zero, scheme, order, upper)
+        if hessian is not None:
+            codes, scale = refine(weight, hessian, codes, scale, zero, scheme, self.refine)
+        return to_stored(codes, scheme), scale
 
     def _sweep(
         self,
@@ -127,6 +147,12 @@ class GPTQ(LayerMethod):
         codes = torch.empty_like(weight)
         codes[:, order] = grid.codes.T
         return codes
+
+
+def _rows_at_once(weight: torch.Tensor) -> int:
+    """Rows are independent of each other; so many are solved together, for what a solve holds beside them."""
+    parts = -(-weight.numel() // _ELEMENTS_AT_ONCE)
+    return -(-len(weight) // parts)
 
 
 def _by_scheme(problem: LayerProblem) -> dict[Scheme, list[str]]:

@@ -8,7 +8,7 @@ import torch
 
 from trifold.core.canonical import Quantized
 from trifold.core.method import METHODS, Bounds, LayerMethod, LayerProblem, LayerSolution
-from trifold.core.ranges import Ranges, expand_groups, fit_ranges, to_codes
+from trifold.core.ranges import Ranges, expand_groups, fit_ranges, rows_at_once, to_codes, to_stored
 from trifold.core.rounding import quantized
 from trifold.core.scheme import Scheme
 
@@ -16,9 +16,15 @@ from trifold.core.scheme import Scheme
 def round_to_nearest(weight: torch.Tensor, bounds: Bounds, scheme: Scheme) -> Quantized:
     """weight (out, in) float32 -> the nearest codes within the given ranges."""
     width = scheme.group_width(weight.shape[1])
-    scale, zero = (None if b is None else expand_groups(b, weight.shape, width) for b in bounds)
-    assert scale is not None
-    return quantized(to_codes(weight, scale, scheme.midpoint if zero is None else zero, scheme), bounds, scheme)
+    scale, zero = bounds
+    zero = torch.full_like(scale, scheme.midpoint) if zero is None else zero
+    rows = rows_at_once(weight.shape[1])
+    slabs = [m.split(rows) for m in (weight, *(b.expand(len(weight), -1) for b in (scale, zero)))]
+    codes = []
+    for slab, s, z in zip(*slabs, strict=True):
+        s, z = (expand_groups(b, slab.shape, width) for b in (s, z))
+        codes.append(to_stored(to_codes(slab, s, z, scheme), scheme))
+    return quantized(torch.cat(codes), bounds, scheme)
 
 
 @METHODS.register("rtn")

@@ -72,13 +72,19 @@ class TrifoldQuantizer(HfQuantizer):
 
 
 def _check_tensors(model: Any, files: Sequence[str]) -> None:
-    """transformers only warns of missing tensors and keeps garbage; packed ones have to be there and fit."""
+    """transformers only warns of missing tensors and keeps garbage, and not every version tells of dense ones of
+    another shape; packed ones have to be there and fit."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 part = handle.get_slice(key)
                 found[key] = (tuple(part.get_shape()), part.get_dtype())
+    for name, parameter in model.named_parameters():
+        shape, _ = found.get(name, (tuple(parameter.shape), ""))
+        if shape != tuple(parameter.shape):
+            fits = f"{name} is of shape {shape}, not {tuple(parameter.shape)}"
+            raise CheckpointError(f"mismatched tensor: {fits}; copy the checkpoint again")
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
             for leaf, buffer in module.named_buffers():

@@ -1,0 +1,87 @@
+"""Writing safetensors tensor by tensor, so that no copy of a file is ever in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that is somewhere: its shape and dtype, and how to get it when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Entry:
+        """A tensor in memory."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def stored(path: Path) -> dict[str, Entry]:
+    """The tensors of a file, by name. Raises SafetensorError or OSError if it cannot be read."""
+
+    def load(name: str) -> torch.Tensor:
+        with safe_open(path, framework="pt") as handle:
+            return handle.get_tensor(name)
+
+    def entry(name: str) -> Entry:
+        part = handle.get_slice(name)
+        return Entry(tuple(part.get_shape()), _DTYPES[part.get_dtype()], lambda: load(name))
+
+    with safe_open(path, framework="pt") as handle:
+        return {name: entry(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+
+
+def write_tensors(path: Path, entries: Mapping[str, Entry]) -> None:
+    """Write a safetensors file and sync it to disk. Wide dtypes come first, so that every tensor is aligned."""
+    names = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        entry = entries[name]
+        end = offset + entry.nbytes
+        header[name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in names:
+            flat = entries[name].load().detach().cpu().reshape(-1)
+            if flat.stride(0) != 1:  # torch calls a single element contiguous whatever its stride
+                flat = flat.clone(memory_format=torch.contiguous_format)
+            if flat.numel():
+                file.write(flat.view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
