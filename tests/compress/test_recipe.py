@@ -1,6 +1,7 @@
 """Recipes: YAML and back, presets, `--set`, patterns, and the plan they make."""
 
 import dataclasses
+import re
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from trifold.core.method import METHODS
 from trifold.core.scheme import Scheme
 from trifold.quantizers.gptq import GPTQ
 from trifold.quantizers.rtn import RTN
+from trifold.sparsity import GQSA, SparseGPT, Wanda
 
 FULL = """
 name: mixed
@@ -86,6 +88,17 @@ def test_file_name_is_the_name_unless_it_has_one(tmp_path):
     assert Recipe.load(tmp_path / "mine.yaml").name == "mine"
 
 
+def test_two_of_four_is_no_number_to_the_base_60(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "steps: [{method: wanda, options: {pattern: 2:4}}]\nnsamples: 0x10\nseed: 1_000"
+    )
+    recipe = Recipe.load(tmp_path / "mine.yaml")
+    assert recipe.steps[0].options["pattern"] == "2:4" and (recipe.nsamples, recipe.seed) == (16, 1000)
+    assert recipe.updated(["pattern=4:8", "seed=-0"]).steps[0].options["pattern"] == "4:8"
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / "again.yaml") == recipe
+
+
 def test_a_recipe_cannot_be_changed(full):
     with pytest.raises(ValueError, match="frozen"):
         full.seed = 4
@@ -97,7 +110,10 @@ def test_a_recipe_cannot_be_changed(full):
 GROUPS = {"a8": "channel", "channel": "channel", "fp8": "channel", "nf4": 64, "fp4": 32, "hqq": 64}
 
 
-@pytest.mark.parametrize("name", preset_names())
+SPARSE = [name for name in preset_names() if re.search(r"\bs\d\d\b", name)]
+
+
+@pytest.mark.parametrize("name", sorted({*preset_names()} - {*SPARSE}))
 def test_listed_presets_are_recipes(name):
     recipe = Recipe.load(name)
     assert recipe.name == name
@@ -113,6 +129,24 @@ def test_listed_presets_are_recipes(name):
     assert last.scheme.group_size == group
     needs = any(METHODS.get(step.method).needs for step in recipe.steps) or "static" in name
     assert recipe.data_free is not needs
+
+
+def test_presets_with_fewer_weights():
+    def first(name):
+        step = Recipe.load(name).steps[0]
+        return step.build(), None if step.scheme is None else step.scheme.build()
+
+    assert first("s50-wanda") == (Wanda(0.5), None)
+    assert first("s50-sparsegpt") == first("s50") == (SparseGPT(0.5), None)
+    assert first("s24-sparsegpt") == first("s24") == (SparseGPT(pattern="2:4"), None)
+    assert first("w4-s24") == first("w4a16-s24-sparsegpt") == (SparseGPT(pattern="2:4"), Scheme(4, 128))
+    assert first("w4-s50-gqsa") == first("w4-s50") == (GQSA(0.5), Scheme(4, 16))
+    assert first("w3-s30-wanda") == (Wanda(0.3), Scheme(3, 128))
+    assert Recipe.load("s70-magnitude").data_free and not Recipe.load("s70").data_free
+    for name, why in (("s50-gqsa", "rounds what stays; write w4-s50-gqsa"), ("w4-s24-gqsa", "drops groups")):
+        with pytest.raises(RecipeError, match=f"{name}: gqsa {why}"):
+            Recipe.load(name)
+    assert set(SPARSE) >= {"s50-wanda", "s50-sparsegpt", "s24-sparsegpt", "w4-s50-gqsa", "w4-s30-gqsa", "w4-s24"}
 
 
 def test_presets_of_rounded_activations():
@@ -388,7 +422,7 @@ def test_impossible_settings_of_other_methods_are_refused(recipe, setting):
         Recipe.load(recipe).updated([setting])
 
 
-@pytest.mark.parametrize("name", ["w4a16-s50-gptq", "w4-s24", "w4a16-rank80", "w4-lr02-gptq", "w4a16-kv50"])
+@pytest.mark.parametrize("name", ["w4a16-rank80", "w4-lr02-gptq", "w4a16-kv50"])
 def test_folds_that_are_not_there_yet_are_said_to_be_missing(name):
-    with pytest.raises(RecipeError, match="this version has no sparsity, low rank or KV-cache folds"):
+    with pytest.raises(RecipeError, match="this version has no low rank or KV-cache folds"):
         Recipe.load(name)

@@ -109,7 +109,7 @@ def test_one_input_cannot_be_packed():
 def test_formats_by_what_they_hold():
     assert format_for(random_weight((7, 43), 4, 16, True)) == "int"
     with pytest.raises(TypeError, match="no format stores a Sparse"):
-        format_for(Sparse(Dense(torch.zeros(2, 2)), torch.ones(2, 2, dtype=torch.bool)))
+        format_for(Sparse(Dense(torch.zeros(2, 2).double()), torch.ones(2, 2, dtype=torch.bool)))
     with pytest.raises(RecipeError, match="unknown format 'itn'; did you mean int"):
         FORMATS.get("itn")
 

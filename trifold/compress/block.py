@@ -113,6 +113,7 @@ class BlockCompressor:
         self.bounds: dict[str, Bounds] = {}
         self.events: dict[str, dict[str, Any]] = {}
         self.experts = ExpertTokens(module, plan.min_expert_tokens)
+        self.canonical: dict[str, Canonical] = {}  # of finished layers that will be tuned
         self.done = Compressed()
 
     def layer_plan(self, name: str) -> LayerPlan:
@@ -128,7 +129,7 @@ class BlockCompressor:
         """Run the recipe's block methods. carries: what each passed on from the block before."""
         for step, method, allowed in self.plan.rewrites:
             chosen = [name for name in self.weights if self.prefix + name in allowed]
-            statistics = self._gather(chosen, (Gram, *method.needs))
+            statistics = self._gather(chosen, (Gram, *method.gathers))
             leaders = {name: stage[0] for stage in self.runner.stages for name in stage}
             context = BlockContext(
                 topology=topology,
@@ -239,7 +240,7 @@ class BlockCompressor:
         """What the methods of these layers, and static scales of their inputs, want to know."""
         plans = [self.layer_plan(name) for name in names]
         static = {AbsMax} if any(plan.input is not None and plan.input.static for plan in plans) else set()
-        return static | {kind for plan in plans for kind in plan.method.needs}
+        return static | {kind for plan in plans for kind in plan.method.gathers}
 
     def _affordable(self, wave: Sequence[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
         """A wave in parts whose statistics fit into memory together."""
@@ -306,6 +307,8 @@ class BlockCompressor:
             if rounds_input(describe(canonical)):
                 self._round_input(module, canonical)
         self.done.add(self.prefix + name, canonical)
+        if any(self.prefix + name in tuned for _, _, tuned in self.plan.tuners):
+            self.canonical[name] = canonical
         entry = {
             "error": relative_error(self.weights[name].float(), weight, seen.gram),
             "error_of": "output" if seen.gram is not None else "weight",
@@ -317,6 +320,13 @@ class BlockCompressor:
         }
         self.done.report[self.prefix + name] = entry
         self.layer_done(self.prefix + name, entry)
+
+    def replace(self, name: str, canonical: Canonical, event: Mapping[str, Any]) -> None:
+        """Put another decision of the same structure in the place of a layer's."""
+        self.canonical[name] = canonical
+        set_weight(self.runner.linears[name], canonical.dequantize())
+        self.done.add(self.prefix + name, canonical)
+        self.done.report[self.prefix + name].update(event)
 
     def _round_input(self, module: nn.Module, canonical: Canonical) -> None:
         """Let a solved linear do to its input what the packed one will, with products in float32: a last bit less

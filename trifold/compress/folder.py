@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from trifold.compress.integration.auto import auto_class, is_known
 from trifold.compress.source import Source, materialise_buffers, tower_notice
 from trifold.core.errors import CheckpointError, InputError
 from trifold.core.topology import find_blocks
+from trifold.kernels import is_stacked
 
 _STORED_FLOATS = ("F64", "F32", "BF16", "F16")
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
@@ -44,6 +46,7 @@ class FolderSource(Source):
         self.dtype = self._stored_dtype(config) if dtype == "auto" else float_dtype(dtype)
         self.model = meta_model(config, self.dtype, folder / "config.json", trust_remote_code)
         self.blocks = find_blocks(self.model)
+        self._skeletons: dict[int, nn.Module] = {}  # of open blocks whose experts are taken apart
         with contextlib.suppress(Exception):  # a tokenizer may fail in any way, and is not always needed
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         targets, converted = self._key_targets()
@@ -150,13 +153,18 @@ class FolderSource(Source):
 
     def open_block(self, index: int) -> nn.Module:
         prefix = f"{self.blocks}.{index}."
-        self._load(lambda target: target.startswith(prefix))
         block = self.model.get_submodule(prefix[:-1])
+        if any(map(is_stacked, block.modules())):  # experts will be taken apart
+            self._skeletons[index] = copy.deepcopy(block)
+        self._load(lambda target: target.startswith(prefix))
         for parameter in block.parameters():  # loaded ones may be views of the mapped file
             parameter.data = parameter.data.clone()
         return block
 
     def close_block(self, index: int) -> None:
+        if index in self._skeletons:
+            self.model.get_submodule(self.blocks)[index] = self._skeletons.pop(index)
+            return
         self._close(self.model.get_submodule(f"{self.blocks}.{index}"))
 
     def close_outside(self) -> None:

@@ -92,8 +92,21 @@ class Journal:
             raise _damaged(self._shard(block), error) from error
 
     def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep tensors under a name, for the proof."""
+        """Keep tensors under a name, for the proof or for going on."""
         save_synced(tensors, self.folder / f"{name}.safetensors")
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep a JSON value under a name."""
+        write_synced(self.folder / f"{name}.json", json.dumps(value, sort_keys=True).encode())
+
+    def noted(self, name: str) -> Any:
+        """What `note` stored, None if it did not."""
+        path = self.folder / f"{name}.json"
+        return _read_json(path) if path.exists() else None
+
+    def has(self, name: str) -> bool:
+        """Whether `keep` stored something under this name."""
+        return (self.folder / f"{name}.safetensors").exists()
 
     def kept(self, name: str) -> dict[str, torch.Tensor]:
         """What `keep` stored."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trifold.compress import checkpoint
+from trifold.compress.allocate import allocate_shares, has_budget, with_shares
 from trifold.compress.block import Compressed
 from trifold.compress.calibration import (
     CALIBRATION_TOKENS,
@@ -36,6 +37,7 @@ from trifold.compress.recipe import Recipe
 from trifold.compress.source import LiveSource, Source
 from trifold.compress.summary import summarise
 from trifold.compress.tensor_file import Entry
+from trifold.compress.tune import ModelTuning
 from trifold.compress.walk import Walk
 from trifold.core.errors import CalibrationError, InputError, ProofError
 from trifold.core.families import topology_of
@@ -122,6 +124,10 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     source, everything = job.source, Compressed()
     source.open_outside()
     with Walk(job) as walk:
+        if has_budget(job.plan):
+            shares = journal.noted("allocation") or allocate_shares(walk)
+            journal.note("allocation", shares)
+            job.plan = with_shares(job.plan, shares)
         if walk.shares_state:
             journal.done = 0  # blocks read what earlier ones left in memory, so none can be skipped
         if journal.done:
@@ -138,11 +144,12 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
         tail, logits = walk.tail()
         everything.note(tail.modules, tail.report, tail.digests)
         journal.keep("reference-logits", {"logits": logits})
-    job.report.end()
+        job.report.end()
+        tuned = _tuned(walk, journal, everything)
 
     def units() -> Iterator[Mapping[str, Entry]]:
         for index in range(source.block_count):
-            yield journal.block_tensors(index)
+            yield journal.block_tensors(index) if tuned is None else tuned[index]
         yield {name: Entry.of(tensor) for name, tensor in tail.tensors.items()}
 
     checkpoint.write_shards(partial, units(), checkpoint.parse_size(job.options.max_shard_size))
@@ -161,6 +168,19 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     return report
 
 
+def _tuned(walk: Walk, journal: Journal, everything: Compressed) -> list[dict[str, Entry]] | None:
+    """Run the recipe's tuners of the whole model: the tensors of each block, or None if there are none."""
+    tuners = [entry for entry in walk.job.plan.tuners if entry[1].level == "model"]
+    if not tuners:
+        return None
+    tuning = ModelTuning(walk, journal, everything)
+    for step, tuner, names in tuners:
+        tuning.tune(step, tuner, sorted(names & set(everything.modules)))
+    tuning.keep_references()
+    tuning.close()
+    return tuning.tensors
+
+
 def compress_live(job: Job) -> dict[str, Any]:
     """Replace the linears of a live model by packed ones: at the end, or with `inplace` block by block."""
     started, source, everything = time.perf_counter(), job.source, Compressed()
@@ -168,6 +188,8 @@ def compress_live(job: Job) -> dict[str, Any]:
     job.report.begin(source.block_count, 0)
     try:
         with Walk(job) as walk:
+            if has_budget(job.plan):
+                job.plan = with_shares(job.plan, allocate_shares(walk))
             for index in range(source.block_count):
                 results.append(walk.block(index))
                 everything.note(results[-1].modules, results[-1].report, results[-1].digests)
@@ -267,6 +289,9 @@ def run(
         checkpoint.check_output(output)
     job = prepare(model, recipe, calibration, options, report, tokenizer)
     if isinstance(job.source, LiveSource):
+        whole = [step for step, tuner, _ in job.plan.tuners if tuner.level == "model"]
+        if whole and output is None:
+            raise InputError(f"step {whole[0]!r} tunes a whole model, which a live one does not become; give an output")
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:

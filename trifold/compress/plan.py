@@ -12,7 +12,7 @@ from trifold.compress.recipe import BLOCKS, EMBEDDINGS, HEAD, Recipe, Step, matc
 from trifold.core.errors import RecipeError
 from trifold.core.inputs import InputScheme
 from trifold.core.linears import is_compressible, is_embedding, is_transposed, linears
-from trifold.core.method import BlockMethod, LayerMethod
+from trifold.core.method import BlockMethod, LayerMethod, Tuner
 from trifold.core.scheme import Scheme
 from trifold.core.topology import towers
 from trifold.kernels import PackedExperts, is_stacked
@@ -20,29 +20,33 @@ from trifold.kernels import PackedExperts, is_stacked
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one linear. shape: (out, in)."""
+    """What happens to one linear. shape: (out, in). step: whose it is."""
 
     shape: tuple[int, int]
     method: LayerMethod
     scheme: Scheme | None
     input: InputScheme | None = None
+    step: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
     """layers: full name -> its plan, blocks first. rewrites: (step, block method, layers it may touch), in order.
-    notices: what the user should know of what stays dense. min_expert_tokens: below it an expert is shown all."""
+    tuners: (step, tuner, layers that it tunes). notices: what the user should know of what stays dense.
+    min_expert_tokens: below it an expert is shown all."""
 
     layers: Mapping[str, LayerPlan]
     rewrites: tuple[tuple[str, BlockMethod, frozenset[str]], ...] = ()
+    tuners: tuple[tuple[str, Tuner, frozenset[str]], ...] = ()
     notices: tuple[str, ...] = ()
     min_expert_tokens: int = 0
 
     @property
     def follows_dense(self) -> bool:
         """Whether a second stream of hidden states, the dense model's, has to be kept."""
-        kinds = {kind for plan in self.layers.values() for kind in plan.method.needs}
-        return any("x_dense" in kind.needs for kind in kinds)
+        kinds = {kind for plan in self.layers.values() for kind in plan.method.gathers}
+        aimed = any(tuner.level == "block" for _, tuner, _ in self.tuners)
+        return aimed or any("x_dense" in kind.needs for kind in kinds)
 
 
 def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
@@ -64,13 +68,18 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
     }
     layers: dict[str, LayerPlan] = {}
     owner: dict[str, str] = {}
-    rewrites = []
+    rewrites, tuners = [], []
     for step in recipe.steps:
         names = list(dict.fromkeys(tied.get(name, name) for name in _targets(step, inside, others, ends)))
         if not step.solves:
             method = step.build()
+            if isinstance(method, Tuner):
+                tuners.append((step.name, method, _tuned(step, method, names, inside, layers)))
+                continue
             if not isinstance(method, BlockMethod):
-                raise RecipeError(f"step {step.name!r}: {step.method} is neither a layer nor a block method")
+                raise RecipeError(
+                    f"step {step.name!r}: {step.method} is neither a layer nor a block method nor a tuner"
+                )
             solved = next((name for name in names if name in owner), None)
             if solved is not None:
                 raise RecipeError(
@@ -79,6 +88,10 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
             rewrites.append((step.name, method, frozenset(names) & frozenset(inside)))
             continue
         for name in names:
+            if tuners:
+                raise RecipeError(
+                    f"step {step.name!r}: {tuners[0][0]!r} tunes what was decided before it; put {step.name!r} first"
+                )
             if name in owner:
                 raise RecipeError(
                     f"{name}: both {owner[name]!r} and {step.name!r} would solve it; add it to one step's `ignore`"
@@ -96,7 +109,7 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
         raise RecipeError(
             f"recipe {recipe.name!r} leaves every layer dense; add a step that quantises, or check `ignore`"
         )
-    return Plan(ordered, tuple(rewrites), _stacked(model, blocks), recipe.min_expert_tokens)
+    return Plan(ordered, tuple(rewrites), tuple(tuners), _stacked(model, blocks), recipe.min_expert_tokens)
 
 
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> list[str]:
@@ -125,6 +138,23 @@ def _targets(step: Step, inside: list[str], others: list[str], ends: Mapping[str
     return [name for name in chosen if not any(matches(pattern, name) for pattern in step.ignore)]
 
 
+def _tuned(
+    step: Step, tuner: Tuner, names: list[str], inside: list[str], layers: Mapping[str, LayerPlan]
+) -> frozenset[str]:
+    """The layers inside the blocks that the step tunes."""
+    chosen = [name for name in names if name in layers and name in inside]
+    if not chosen:
+        raise RecipeError(f"step {step.name!r}: nothing inside the blocks was decided before it; put it last")
+    for name in chosen:
+        try:
+            tuner.check(layers[name].scheme)
+            if layers[name].input is not None:
+                raise RecipeError(f"{step.method} does not tune layers whose inputs are rounded; add it to `ignore`")
+        except RecipeError as error:
+            raise RecipeError(f"{name}: {error}") from error
+    return frozenset(chosen)
+
+
 def _layer_plan(step: Step, name: str, module: nn.Module, sharing: list[str]) -> LayerPlan | None:
     changes: dict[str, Any] = {}
     options: dict[str, Any] = {}
@@ -136,14 +166,18 @@ def _layer_plan(step: Step, name: str, module: nn.Module, sharing: list[str]) ->
             options.update(override.options)
     method, scheme = step.build(options), step.scheme_with(changes)
     assert isinstance(method, LayerMethod)
-    if is_embedding(module) and (method.needs or step.input):
+    if is_embedding(module) and (method.gathers or step.input):
         both = "".join(f" (and of {other}, which shares it)" for other in sharing)
         raise RecipeError(
             f"{name}{both}: an embedding has no inputs to calibrate on; use a step with method: rtn for it"
         )
     shape = tuple(module.get_parameter("weight").shape)
     rows, columns = reversed(shape) if is_transposed(module) else shape
-    return LayerPlan((rows, columns), method, scheme, step.input.build() if step.input else None)
+    try:
+        method.check((rows, columns), scheme)
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}") from error
+    return LayerPlan((rows, columns), method, scheme, step.input.build() if step.input else None, step.name)
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:

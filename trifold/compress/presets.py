@@ -3,6 +3,9 @@
 N is the number of bits; 16 means left as it is. Without a grid: integers in groups of 128 with zero-points, and with
 rounded activations one symmetric scale per row. `static`: the scale of activations is found in calibration, not for
 each token at run time. `eN`: embeddings and head have N bits too.
+
+With fewer weights: `[wN-]sNN[-method][-recovered]`, such as `s50-wanda`, `w4-s50-gqsa` or `w4-s24`; NN is the
+percentage that goes, and 24 the pattern 2:4. Without `wN` what stays has 16 bits. `recovered`: then tuned by gradient.
 """
 
 from __future__ import annotations
@@ -12,10 +15,14 @@ from typing import Any
 
 from trifold.core.errors import RecipeError, unknown_name
 
-_FOLDS = r"-(?:s24|s\d\d|rank\d\d|lr\d+|kv\d\d)"  # percent removed for s, kept for rank and kv
+_FOLDS = r"-(?:rank\d\d|lr\d+|kv\d\d)"  # percent kept
 _NAME = re.compile(
     rf"w(?P<weight>\d+)(?:a(?P<input>\d+))?(?P<folds>(?:{_FOLDS})*)(?:-(?!static\b|e\d)(?P<method>[a-z][a-z0-9-]*?))?"
     r"(?P<static>-static)?(?:-e(?P<ends>\d+))?"
+)
+
+_SPARSE = re.compile(
+    r"(?:w(?P<weight>\d+)(?:a16)?-)?s(?P<share>\d\d)(?:-(?P<method>magnitude|wanda|sparsegpt|gqsa))?(?P<tuned>-recovered)?"
 )
 
 _SCALES = {"method": "awq", "options": {"clip": False}}  # the step that follows searches ranges itself
@@ -47,18 +54,22 @@ GRIDS: dict[str, dict[str, Any]] = {
 """Grid part of a preset -> scheme. Without a method it is rounded to nearest: NF4 as QLoRA does, by the largest
 magnitude of each block."""
 
+GQSA_GROUP = 16
+
 _WEIGHT_ONLY: dict[str, Any] = {"group_size": 128}
 _ROUNDED_INPUT: dict[str, Any] = {"group_size": "channel", "symmetric": True}
 
 
 def preset(name: str) -> dict[str, Any]:
     """The recipe of a preset name, as plain data. Raises RecipeError naming the nearest known ones."""
+    if sparse := _SPARSE.fullmatch(name):
+        return {"name": name, "steps": _sparse_steps(name, sparse)}
     match = _NAME.fullmatch(name)
     if match is None:
         raise RecipeError(unknown_name("recipe", name, preset_names()))
     if match["folds"]:
         missing = match["folds"].removeprefix("-")
-        raise RecipeError(f"{name}: this version has no sparsity, low rank or KV-cache folds ({missing}); leave it out")
+        raise RecipeError(f"{name}: this version has no low rank or KV-cache folds ({missing}); leave it out")
     bits, inputs = int(match["weight"]), int(match["input"] or 16)
     grid, method = _parts(match["method"] or "", "rtn" if bits >= 8 else "gptq")
     if method not in STEPS | ROUNDED_STEPS:
@@ -85,6 +96,25 @@ def preset(name: str) -> dict[str, Any]:
     return {"name": name, "steps": steps}
 
 
+def _sparse_steps(name: str, match: re.Match[str]) -> list[dict[str, Any]]:
+    share, method = match["share"], match["method"]
+    if method is None:
+        method = "gqsa" if match["weight"] and share != "24" else "sparsegpt"
+    if method == "gqsa" and (not match["weight"] or share == "24"):
+        why = "drops groups, not two of four" if share == "24" else "rounds what stays; write w4-" + name
+        raise RecipeError(f"{name}: gqsa {why}; w4-s24 and s{share}-sparsegpt are presets, too")
+    options: dict[str, Any] = {"pattern": "2:4"} if share == "24" else {"sparsity": int(share) / 100}
+    step: dict[str, Any] = {"method": method, "options": options}
+    if match["weight"]:
+        step["scheme"] = {"bits": int(match["weight"]), "group_size": GQSA_GROUP if method == "gqsa" else 128}
+    return [step, *(_tuners(bool(match["weight"])) if match["tuned"] else [])]
+
+
+def _tuners(rounded: bool) -> list[dict[str, Any]]:
+    """Block by block, then, of what is rounded, scales and zero-points of the whole model."""
+    return [{"method": "bqpo"}, *([{"method": "e2e_oqp"}] if rounded else [])]
+
+
 def _ends(bits: int) -> dict[str, Any]:
     scheme = {"bits": bits, "group_size": "channel" if bits >= 8 else 64, "symmetric": bits >= 8}
     return {"name": "ends", "method": "rtn", "targets": ["embeddings", "head"], "scheme": scheme}
@@ -103,4 +133,6 @@ def preset_names() -> list[str]:
     with_gptq = [f"{name}-gptq" for name in grids if name != "w8a16-channel"]
     rounded = ["", "-gptq", *(f"-{method}" for method in ROUNDED_STEPS), "-fp8", "-static", "-smoothquant-static"]
     ends = ["w4a16-gptq-e8", "w4a16-gptq-e4"]
-    return [*names, "w8a16", "w8a16-gptq", *grids, *with_gptq, *(f"w8a8{name}" for name in rounded), *ends]
+    sparse = ["s50-wanda", "s50-sparsegpt", "s24-sparsegpt", "w4-s50-gqsa", "w4-s30-gqsa", "w4-s24"]
+    sparse += [f"{name}-recovered" for name in sparse]
+    return [*names, "w8a16", "w8a16-gptq", *grids, *with_gptq, *(f"w8a8{name}" for name in rounded), *ends, *sparse]

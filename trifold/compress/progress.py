@@ -26,6 +26,11 @@ class Reporter:
         if self.level >= 0:
             self.console.print(message, markup=False, soft_wrap=True)
 
+    def detail(self, message: str) -> None:
+        """Something for those who ask for more."""
+        if self.level >= 1:
+            self.notice(message)
+
     def begin(self, blocks: int, done: int) -> None:
         """The walk over the blocks starts, with `done` of them finished earlier."""
         self._started, self._total = time.perf_counter(), blocks - done

@@ -26,15 +26,31 @@ from pydantic import (
     model_validator,
 )
 
-import trifold.quantizers  # noqa: F401 - registers its methods
+import trifold.quantizers
+import trifold.sparsity
+import trifold.tuning  # noqa: F401 - all three register their methods
 from trifold.core.errors import RecipeError, unknown_name
 from trifold.core.inputs import InputScheme
-from trifold.core.method import METHODS, LayerMethod, Method
+from trifold.core.method import METHODS, LayerMethod, Method, Tuner
 from trifold.core.scheme import Scheme
 from trifold.core.tables import TABLES
 
 BLOCKS, EMBEDDINGS, HEAD = "blocks", "embeddings", "head"  # targets that every model has under some name
 """The target that means: every linear inside the decoder blocks."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without numbers to the base 60: `2:4` is a pattern, not 124."""
+
+
+_INT = "tag:yaml.org,2002:int"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _INT]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    _INT, re.compile(r"[-+]?(?:0b[01_]+|0[0-7_]+|0x[\da-fA-F_]+|0|[1-9][\d_]*)$"), list("-+0123456789")
+)
 
 
 class _Strict(BaseModel):
@@ -144,9 +160,12 @@ class Step(_Strict):
         kind, full = METHODS.get(method), {**data, "name": data.get("name") or method}
         with _placed():
             full["options"] = dataclasses.asdict(build_method(method, options))  # type: ignore[call-overload]
-        if issubclass(kind, LayerMethod) and kind.quantizes:
+        taken = kind.takes_scheme if issubclass(kind, LayerMethod) else "never"
+        if taken == "always":
             full["scheme"] = {} if data.get("scheme") is None else data["scheme"]
-        elif data.get("scheme") or data.get("input"):
+        elif data.get("input") and data.get("scheme") is None and taken == "if given":
+            raise ValueError(f"{method} rounds inputs only where it rounds weights; give it a `scheme`")
+        elif taken == "never" and (data.get("scheme") or data.get("input")):
             raise ValueError(f"{method} takes no scheme; give it to a later step")
         return full
 
@@ -178,6 +197,12 @@ class Step(_Strict):
             raise RecipeError(_explain(error, SchemeModel)) from error
 
     @property
+    def wants_text(self) -> bool:
+        """Whether it cannot do without calibration text."""
+        method = self.build()
+        return bool(method.gathers) or isinstance(method, Tuner)
+
+    @property
     def solves(self) -> bool:
         return issubclass(METHODS.get(self.method), LayerMethod)
 
@@ -204,7 +229,7 @@ class Recipe(_Strict):
     @property
     def data_free(self) -> bool:
         """True if no step needs calibration text."""
-        return not self.has_static_inputs and not any(METHODS.get(step.method).needs for step in self.steps)
+        return not self.has_static_inputs and not any(step.wants_text for step in self.steps)
 
     @property
     def has_static_inputs(self) -> bool:
@@ -223,7 +248,7 @@ class Recipe(_Strict):
         path = Path(source)
         if path.suffix in (".yaml", ".yml") or os.path.isfile(path):
             try:
-                data = yaml.safe_load(path.read_text())
+                data = yaml.load(path.read_text(), _Loader)
             except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
                 raise RecipeError(f"{path}: cannot be read as YAML ({_first_line(error)})") from error
             if not isinstance(data, Mapping):
@@ -258,7 +283,7 @@ class Recipe(_Strict):
             if not sign:
                 raise RecipeError(f"--set {setting}: write it as key=value")
             try:
-                value = yaml.safe_load(text)
+                value = yaml.load(text, _Loader)
             except yaml.YAMLError:
                 value = text
             _assign(data, key.strip(), value)

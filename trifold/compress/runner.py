@@ -193,6 +193,12 @@ class BlockRunner:
         self._final.update(names)
         self.__dict__.pop("_settled", None)
 
+    def forget(self) -> None:
+        """Remember nothing: final weights are about to change after all."""
+        self._outputs = [Memory() for _ in self.hidden]
+        self._inputs = [Memory() for _ in self.hidden]
+        self._held = 0
+
     @torch.no_grad()
     def advance(self) -> list[torch.Tensor]:
         """Replace each batch's hidden states by what the block, with its weights as they are now, makes of them.

@@ -65,11 +65,12 @@ class Walk:
             if name.startswith(job.source.blocks + "."):
                 continue
             module = job.source.model.get_submodule(name)
-            if not is_embedding(module) or plan.scheme is None:
+            if not is_embedding(module):
                 continue
             parameter = module.get_parameter("weight")
             weight = parameter.data.float()
-            canonical = plan.method.solve(LayerProblem({name: weight}, {name: plan.scheme})).canonical[name]
+            schemes = {} if plan.scheme is None else {name: plan.scheme}
+            canonical = plan.method.solve(LayerProblem({name: weight}, schemes)).canonical[name]
             self.outside.add(name, canonical)
             rounded = canonical.dequantize()
             entry = {
@@ -81,6 +82,11 @@ class Walk:
             job.report.layer(name, entry)
             self._replaced.append((parameter, parameter.data))
             parameter.data = rounded.to(parameter.dtype)
+
+    def starts(self) -> list[torch.Tensor]:
+        """The hidden states that enter the first block. Of a walk that has not begun."""
+        assert not self.finished and not self.carries
+        return self.hidden
 
     def resume(self, entries: list[dict[str, Any]], hidden: list[torch.Tensor]) -> None:
         """Take up the states behind the last finished block."""
@@ -109,7 +115,9 @@ class Walk:
             dense = compressor.follow_dense([calls[index] for calls in self.dense_calls], self.dense)
         with compressor.rounded_inputs():
             result = compressor.solve(job.recipe.true_sequential)
-            self.hidden, self.dense = runner.advance(), dense.advance() if dense else []
+            self.dense = dense.advance() if dense else []
+            self._tune(compressor)
+            self.hidden = runner.advance()
         for notice in compressor.experts.notices(prefix):
             job.report.notice(notice)
         compressor.experts.release()
@@ -120,6 +128,16 @@ class Walk:
         errors = [entry["error"] for entry in result.report.values()]
         job.report.block(index, source.block_count, self.finished, sum(errors) / max(len(errors), 1))
         return result
+
+    def _tune(self, compressor: BlockCompressor) -> None:
+        """Run the recipe's block tuners on a solved block, towards the dense stream behind it."""
+        from trifold.compress.tune import tune_block
+
+        for _, tuner, chosen in self.job.plan.tuners:
+            names = [name for name in compressor.canonical if compressor.prefix + name in chosen]
+            if tuner.level == "block" and names:
+                compressor.runner.forget()
+                tune_block(compressor, tuner, names, self.dense, self.job)
 
     def tail(self) -> tuple[Compressed, torch.Tensor]:
         """Compress what the recipe addresses behind the blocks; the reference logits of the first batch."""

@@ -8,12 +8,13 @@ for, and `dequantize()` gives that weight in float32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
 
 from trifold.core.inputs import InputScheme
+from trifold.core.pattern import Pattern
 from trifold.core.ranges import expand_groups
 from trifold.core.scheme import Scheme
 
@@ -127,17 +128,14 @@ class Sparse(Canonical):
             raise ValueError(f"mask does not follow the pattern {self.pattern!r}")
 
     def _holds(self) -> bool:
-        if self.pattern == "unstructured":
+        pattern, columns = Pattern.parse(self.pattern), self.mask.shape[1]
+        if pattern.size == 1:
             return True
-        columns = self.mask.shape[1]
-        if ":" in self.pattern:
-            keep, of = (int(part) for part in self.pattern.split(":"))
-            padded = torch.nn.functional.pad(self.mask, (0, -columns % of))
-            return bool((padded.reshape(len(padded), -1, of).sum(-1) <= keep).all())
-        size = int(self.pattern.removeprefix("1x"))
-        whole = self.mask[:, : columns - columns % size].reshape(len(self.mask), -1, size)
-        rest = self.mask[:, columns - columns % size :]
-        return all(bool((part.all(-1) | ~part.any(-1)).all()) for part in (whole, rest) if part.shape[-1])
+        counts = pattern.group_scores(self.mask.int())
+        if pattern.keep:
+            return bool((counts <= pattern.keep).all())
+        whole = torch.tensor([min(pattern.size, columns - at) for at in range(0, columns, pattern.size)])
+        return bool(((counts == 0) | (counts == whole.to(counts.device))).all())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -145,6 +143,21 @@ class Sparse(Canonical):
 
     def dequantize(self) -> torch.Tensor:
         return self.values.dequantize().masked_fill(~self.mask, 0.0)
+
+    def normalized(self) -> Sparse:
+        """The same weight, with codes and values 0 where the mask drops them, and scale 1 and zero-point 0 of groups
+        that are dropped whole: what a format that stores survivors alone gives back."""
+        match self.values:
+            case Dense(values):
+                return replace(self, values=Dense(values.masked_fill(~self.mask, 0.0)))
+            case Quantized(codes, scale, zero, scheme):
+                codes = codes.masked_fill(~self.mask, 0)
+                if self.pattern == f"1x{scheme.group_size}":
+                    gone = ~self.mask[:, :: scheme.group_width(self.shape[1])]
+                    scale = scale.masked_fill(gone, 1.0)
+                    zero = None if zero is None else zero.masked_fill(gone, 0)
+                return replace(self, values=Quantized(codes, scale, zero, scheme))
+        raise TypeError(f"a sparse {type(self.values).__name__} has no such form")
 
 
 class Nested(Canonical):

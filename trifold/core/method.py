@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -133,11 +133,36 @@ class Method:
 
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
 
+    @property
+    def gathers(self) -> tuple[type[Statistic], ...]:
+        """What these settings need of them; by default all."""
+        return self.needs
+
+
+@dataclass(frozen=True)
+class Budget:
+    """share: what the layers of a step give up of their weights together. by: how it is divided among them."""
+
+    share: float
+    by: Literal["curves", "owl", "uniform"]
+
 
 class LayerMethod(Method, ABC):
-    """Decides the weights of linears that share one input."""
+    """Decides the weights of linears that share one input. takes_scheme: whether it rounds them, too."""
 
-    quantizes: ClassVar[bool] = True
+    takes_scheme: ClassVar[Literal["always", "if given", "never"]] = "always"
+
+    def check(self, shape: tuple[int, int], scheme: Scheme | None) -> None:
+        """Raises RecipeError, which need not name the layer, if an (out, in) weight cannot be solved so."""
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the layers of a step share, if they do; the pipeline then asks for `at` of each."""
+        return None
+
+    def at(self, share: float, draft: bool = False) -> LayerMethod:
+        """The method for one layer that gives up this share of its weights. draft: a cheap one, to compare shares."""
+        raise NotImplementedError(f"{type(self).__name__} has no budget")
 
     @abstractmethod
     def solve(self, problem: LayerProblem) -> LayerSolution:
@@ -170,14 +195,46 @@ class ModelMethod(Method, ABC):
         """The tensor to use instead."""
 
 
+@dataclass(frozen=True)
+class TuningProblem:
+    """What was decided, and a loss that may be differentiated.
+
+    canonical: linear name -> what was decided. loss(batch, weights): the scalar loss of one batch with these
+    weights, name -> a function that gives (out, in) float32; it may be called again in the backward pass. learn,
+    judge: numbers of the batches to learn from and to choose by. seed: of the order of batches. note: shown as
+    progress. keep, kept: state for a run that is broken off; None where it is not worth keeping.
+    """
+
+    canonical: Mapping[str, Canonical]
+    loss: Callable[[int, Mapping[str, Callable[[], torch.Tensor]]], torch.Tensor]
+    learn: Sequence[int]
+    judge: Sequence[int]
+    seed: int = 0
+    note: Callable[[str], None] = lambda message: None
+    keep: Callable[[Mapping[str, torch.Tensor]], None] = lambda state: None
+    kept: Callable[[], Mapping[str, torch.Tensor] | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class TuningSolution:
+    """canonical: of the same structure as before. event: for the report."""
+
+    canonical: Mapping[str, Canonical]
+    event: Mapping[str, Any]
+
+
 class Tuner(Method, ABC):
-    """Optimises scales, zero-points or surviving weights by gradient."""
+    """Optimises scales, zero-points or surviving weights by gradient. level: of a block at a time, against the dense
+    one's outputs, or of the whole model, on the text itself."""
+
+    level: ClassVar[Literal["block", "model"]]
+
+    def check(self, scheme: Scheme | None) -> None:
+        """Raises RecipeError, which need not name the layer, if a layer of this scheme has nothing to tune."""
 
     @abstractmethod
-    def tune(
-        self, block: torch.nn.Module, canonical: Mapping[str, Canonical], batches: Sequence[Any]
-    ) -> Mapping[str, Canonical]:
-        """Better values for what was decided, of the same structure."""
+    def tune(self, problem: TuningProblem) -> TuningSolution:
+        """Never worse on the batches to judge by than what was decided."""
 
 
 METHODS: Registry[type[Method]] = Registry("method")

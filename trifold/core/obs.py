@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trifold.core.columns import NearestCode
+from trifold.core.columns import ColumnDecision
 
 Decision = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -144,7 +144,7 @@ def sweep(
         if before_block is not None:
             before_block(start, stop, current)
         errors = torch.zeros_like(current)
-        if not (isinstance(decide, NearestCode) and decide.fix(start, current, errors, factor)):
+        if not (isinstance(decide, ColumnDecision) and decide.fix(start, current, errors, factor)):
             _fix(start, current, errors, factor, decide)
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
         loss += errors.square().sum(0)

@@ -25,17 +25,21 @@ def refine(
     scheme: Scheme,
     rounds: int,
     block: int = 32,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (out, in) and scales (out, groups), float32, after alternating refit and descent.
 
     weight, codes: (out, in) float32. hessian: (in, in) float32, positive definite. scale, zero:
-    `scheme.scale_shape`, float32; the scheme must have groups or channels.
+    `scheme.scale_shape`, float32; the scheme must have groups or channels. mask: (out, in) bool, false where a
+    weight is zero whatever its code.
     """
     width = scheme.group_width(weight.shape[1])
     offset = expand_groups(zero, weight.shape, width)
     for _ in range(rounds):
-        scale = refit_scales(weight, hessian, codes - offset, scale, scheme)
-        codes = descend(weight, hessian, codes, expand_groups(scale, weight.shape, width), offset, scheme, block)
+        levels = codes - offset if mask is None else (codes - offset) * mask
+        scale = refit_scales(weight, hessian, levels, scale, scheme)
+        expanded = expand_groups(scale, weight.shape, width)
+        codes = descend(weight, hessian, codes, expanded, offset, scheme, block, mask)
     return codes, scale
 
 
@@ -84,15 +88,19 @@ def descend(
     offset: torch.Tensor,
     scheme: Scheme,
     block: int = 32,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One pass of coordinate descent over the columns: each code becomes the best one given all others.
 
     The loss is a parabola in one weight, so the best value of any grid is the one nearest to its minimum. All
-    (out, in) float32, scale and offset per weight; hessian (in, in). Returns the new codes.
+    (out, in) float32, scale and offset per weight; hessian (in, in). mask: as for `refine`. Returns the new codes.
     """
     codes, scale, offset = (t.T.contiguous() for t in (codes, scale, offset))
-    error = weight.T - (codes - offset) * scale  # (in, out)
+    value = (codes - offset) * scale
+    error = weight.T - (value if mask is None else value.mul_(mask.T))  # (in, out)
     step = (scale * hessian.diagonal()[:, None]).reciprocal_()
+    if mask is not None:
+        step.masked_fill_(~mask.T, 0.0)  # what is zero stays where it is
     moves = torch.empty(block, len(weight), dtype=error.dtype, device=error.device)
     for start in range(0, len(codes), block):
         part = slice(start, min(start + block, len(codes)))

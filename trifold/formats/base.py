@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,6 +27,9 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 class Format(ABC):
     """Pure functions; the inputs are never modified. They know nothing of `input`, which the functions below add."""
+
+    last_resort: ClassVar[bool] = False
+    """Whether another format that holds a tensor, too, is the better one."""
 
     @abstractmethod
     def holds(self, canonical: Canonical) -> bool:
@@ -63,7 +66,7 @@ def format_for(canonical: Canonical) -> str:
     """Name of the format that stores this tensor exactly. Raises TypeError if none does."""
     if isinstance(canonical, RoundedInput):
         return format_for(canonical.weight)
-    for name in FORMATS:
+    for name in sorted(FORMATS, key=lambda name: FORMATS.get(name).last_resort):
         if FORMATS.get(name).holds(canonical):
             return name
     raise TypeError(f"no format stores a {type(canonical).__name__}; known: {', '.join(FORMATS)}")

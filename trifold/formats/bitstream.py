@@ -35,6 +35,8 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_bits(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The inverse: (rows, words) int32 -> (rows, count) uint8."""
     rows = words.shape[0]
+    if not rows:
+        return words.new_empty(0, count, dtype=torch.uint8)
     mask = 2**bits - 1
     if 8 % bits == 0:  # codes do not straddle bytes
         octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # also of one word
@@ -51,3 +53,22 @@ def unpack_bits(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
             value |= wide[..., word + 1] << (32 - shift)
         codes[..., k] = (value & mask).to(torch.uint8)
     return codes.reshape(rows, -1)[:, :count].contiguous()
+
+
+def unpack_range(words: torch.Tensor, bits: int, first: int, count: int) -> torch.Tensor:
+    """Codes first .. first + count - 1 of one stream: words (n,) int32 -> (count,) uint8."""
+    if not count:
+        return words.new_empty(0, dtype=torch.uint8)
+    lead = first % _PERIOD
+    start, stop = (first - lead) * bits // 32, words_for(first + count, bits)
+    return unpack_bits(words[start:stop][None], bits, lead + count)[0, lead:]
+
+
+def codes_at(words: torch.Tensor, bits: int, places: torch.Tensor) -> torch.Tensor:
+    """Codes of one stream at any places: words (n,) int32, places int64 -> uint8 of the shape of places."""
+    if not places.numel():
+        return places.to(torch.uint8)
+    word, shift = places * bits // 32, places * bits % 32
+    low = words[word].long() & 0xFFFFFFFF
+    high = words[(word + 1).clamp(max=len(words) - 1)].long() & 0xFFFFFFFF
+    return ((low >> shift | high << (32 - shift)) & 2**bits - 1).to(torch.uint8)

@@ -6,17 +6,15 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from trifold.core.canonical import Canonical, Dense, LowRank, Quantized
-from trifold.formats.base import Spec, unpack
+from trifold.core.canonical import Canonical, Dense, LowRank, Quantized, Sparse
+from trifold.formats.base import FORMATS, Spec, unpack
 from trifold.formats.bitstream import unpack_bits
 from trifold.formats.quantized import scheme_of
+from trifold.formats.sparse import Rows, SparseFormat
 
 ALIGNMENT = 64
 _TILE = {"cpu": 2**19}  # elements of a dense tile: it stays in the second-level cache
 _LARGE_TILE = 2**24
-
-Rows = slice | torch.Tensor
-"""Rows of a weight: a slice with start and stop, or int64 indices (n,)."""
 
 
 def row_blocks(out_features: int, in_features: int, device: torch.device) -> Iterator[tuple[int, int]]:
@@ -76,6 +74,12 @@ def _low_rank_rows(tensors: Mapping[str, torch.Tensor], spec: Spec, rows: Rows) 
     return LowRank(left[rows], right)
 
 
+def _sparse_rows(tensors: Mapping[str, torch.Tensor], spec: Spec, rows: Rows) -> Sparse:
+    found = FORMATS.get(spec["format"])
+    assert isinstance(found, SparseFormat)
+    return found.rows(tensors, spec, rows)
+
+
 DECODERS: dict[str, Callable[[Mapping[str, torch.Tensor], Spec, Rows], Canonical]] = {
     "int": _bitstream_rows,
     "affine": _bitstream_rows,
@@ -83,6 +87,9 @@ DECODERS: dict[str, Callable[[Mapping[str, torch.Tensor], Spec, Rows], Canonical
     "fp8": _fp8_rows,
     "dense": _dense_rows,
     "low_rank": _low_rank_rows,
+    "bitmask": _sparse_rows,
+    "sparse24": _sparse_rows,
+    "group_sparse_int": _sparse_rows,
 }
 """By format: the canonical tensor of some rows alone. A format without one is unpacked whole."""
 

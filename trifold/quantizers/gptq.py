@@ -20,9 +20,9 @@ from trifold.core.method import METHODS, Bounds, LayerMethod, LayerProblem, Laye
 from trifold.core.obs import Damping, inverse_cholesky, scaled, sweep
 from trifold.core.ranges import Ranges, fit_ranges, to_stored
 from trifold.core.refine import refine
+from trifold.core.rounding import quantized
 from trifold.core.scheme import Scheme
 from trifold.core.statistics import Gram, Statistic
-from trifold.quantizers.rtn import quantized
 
 _ELEMENTS_AT_ONCE = 2**22
 

@@ -9,16 +9,8 @@ import torch
 from trifold.core.canonical import Quantized
 from trifold.core.method import METHODS, Bounds, LayerMethod, LayerProblem, LayerSolution
 from trifold.core.ranges import Ranges, expand_groups, fit_ranges, rows_at_once, to_codes, to_stored
-from trifold.core.scheme import SCALE_DTYPES, Scheme
-
-
-def quantized(codes: torch.Tensor, bounds: Bounds, scheme: Scheme) -> Quantized:
-    """codes (out, in), as `to_codes` gives them or as `to_stored` does, with their ranges -> Quantized."""
-    scale, zero = bounds
-    dtype = SCALE_DTYPES[scheme.scale_dtype]
-    stored_zero = None if zero is None else zero.to(dtype if scheme.zero_point == "real" else torch.uint8)
-    codes = codes if codes.dtype == torch.uint8 else to_stored(codes, scheme)
-    return Quantized(codes, scale.to(dtype), stored_zero, scheme)
+from trifold.core.rounding import quantized
+from trifold.core.scheme import Scheme
 
 
 def round_to_nearest(weight: torch.Tensor, bounds: Bounds, scheme: Scheme) -> Quantized:

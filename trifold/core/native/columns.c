@@ -27,10 +27,11 @@ static void fold(float *restrict live, const float *restrict column, const float
 
 /* Fix `columns` columns one after the other on an integer grid.
    current, errors, codes: (columns, rows). factors: upper triangle, row stride `stride`. group[i]: the row of
-   scales and zeros, (groups, rows), that column i uses. */
+   scales and zeros, (groups, rows), that column i uses. keep: (columns, rows), 0 where a weight becomes zero, else
+   1; NULL if all stay. */
 void sweep_columns(size_t columns, size_t rows, float max_code, float *current, float *errors, float *codes,
                    const float *factors, size_t stride, const long long *group, const float *scales,
-                   const float *zeros)
+                   const float *zeros, const float *keep)
 {
     float live[CHUNK];
     for (size_t first = 0; first < rows; first += CHUNK) {
@@ -44,10 +45,30 @@ void sweep_columns(size_t columns, size_t rows, float max_code, float *current, 
             fold(live, column, errors + first, factors, stride, i, rows, count);
             for (size_t r = 0; r < count; r++) {
                 const float chosen = to_code(live[r] / scale[r] + zero[r], max_code);
-                const float decided = (chosen - zero[r]) * scale[r];
+                const float kept = keep ? keep[i * rows + first + r] : 1.0f;
+                const float decided = (chosen - zero[r]) * scale[r] * kept;
                 code[r] = chosen;
                 column[r] = decided;
                 error[r] = (live[r] - decided) / pivot;
+            }
+        }
+    }
+}
+
+/* The same where weights keep their values or become zero. keep: (columns, rows), 1 or 0. */
+void mask_columns(size_t columns, size_t rows, float *current, float *errors, const float *keep, const float *factors,
+                  size_t stride)
+{
+    float live[CHUNK];
+    for (size_t first = 0; first < rows; first += CHUNK) {
+        const size_t count = rows - first < CHUNK ? rows - first : CHUNK;
+        for (size_t i = 0; i < columns; i++) {
+            const size_t at = i * rows + first;
+            const float pivot = factors[i * stride + i];
+            fold(live, current + at, errors + first, factors, stride, i, rows, count);
+            for (size_t r = 0; r < count; r++) {
+                current[at + r] = live[r] * keep[at + r];
+                errors[at + r] = (live[r] - current[at + r]) / pivot;
             }
         }
     }

@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from tests.sparse_samples import sparse_weight
+from trifold.core.method import TuningProblem
+from trifold.core.scheme import Scheme
+from trifold.tuning import BQPO, E2EOQP
+from trifold.tuning.descent import Rates, descend
+
+
+def problem(seed=0, judge=(4, 5), **more):
+    """Outputs of a dense weight are to be matched by a sparse int4 one with noise on top."""
+    generator = torch.Generator().manual_seed(seed)
+    decided = {"a": sparse_weight((16, 64), "1x16", Scheme(4, 16))}
+    target = decided["a"].dequantize() + 0.02 * torch.randn(16, 64, generator=generator)
+    x = [torch.randn(128, 64, generator=generator) for _ in range(6)]
+
+    def loss(batch, weights):
+        return (x[batch] @ (weights["a"]() - target).T).square().mean() / (x[batch] @ target.T).square().mean()
+
+    return TuningProblem(decided, loss, range(4), judge, **more)
+
+
+def judged(p, canonical):
+    return sum(float(p.loss(b, {"a": canonical["a"].dequantize})) for b in p.judge) / len(p.judge)
+
+
+def test_it_recovers_and_reports_what_it_did():
+    p, notes = problem(), []
+    p = TuningProblem(p.canonical, p.loss, p.learn, p.judge, note=notes.append)
+    found = descend(p, Rates(0.1, 0.01, 0.05), 5, "bqpo")
+    assert found.event["before"] == pytest.approx(judged(p, p.canonical))
+    assert found.event["after"] == pytest.approx(judged(p, found.canonical), rel=1e-5)
+    assert found.event["after"] < 0.9 * found.event["before"] and len(notes) == 5 and "epoch 5/5" in notes[-1]
+    assert torch.equal(found.canonical["a"].mask, p.canonical["a"].mask)
+
+
+def test_it_is_never_worse():
+    p = problem()
+    found = descend(p, Rates(30.0, 1.0, 30.0), 2, "bqpo")
+    assert found.event["after"] <= found.event["before"]
+    assert judged(p, found.canonical) == pytest.approx(found.event["after"], rel=1e-5)
+
+
+def test_slopes_that_are_none_are_left_out():
+    p = problem()
+    broken = TuningProblem(p.canonical, lambda b, w: p.loss(b, w) * float("nan"), p.learn, p.judge)
+    found = descend(broken, Rates(0.1, 0.01, 0.05), 1, "bqpo")
+    assert torch.equal(found.canonical["a"].dequantize(), p.canonical["a"].dequantize())
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_run_that_is_broken_off_ends_the_same(stop):
+    whole = descend(problem(), Rates(0.1, 0.01, 0.05), 4, "bqpo")
+    state = {}
+
+    def keep(tensors):
+        state.clear()
+        state.update({name: t.clone() for name, t in tensors.items()})
+        if int(tensors["numbers"][0]) == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        descend(problem(keep=keep), Rates(0.1, 0.01, 0.05), 4, "bqpo")
+    notes = []
+    rest = descend(problem(kept=lambda: state, note=notes.append), Rates(0.1, 0.01, 0.05), 4, "bqpo")
+    assert len(notes) == 4 - stop and rest.event == whole.event
+    assert torch.equal(rest.canonical["a"].dequantize(), whole.canonical["a"].dequantize())
+
+
+def test_the_second_stage_leaves_codes_columns_and_masks_as_they_are():
+    from trifold.formats import pack
+
+    p = problem()
+    found = E2EOQP(lr_scales=0.01, epochs=3).tune(p)
+    before, after = pack(p.canonical["a"]), pack(found.canonical["a"])
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"weight_scale"}
+    assert found.event["after"] < found.event["before"]
+    zeros = pack(E2EOQP(lr_scales=0.01, lr_zeros=0.2, epochs=3).tune(p).canonical["a"])
+    assert {n for n in before if not torch.equal(before[n], zeros[n])} == {"weight_scale", "weight_zero_point"}
+
+
+def test_nothing_to_tune():
+    p = problem()
+    assert BQPO(epochs=0).tune(p).canonical is p.canonical
+    assert BQPO(lr_weights=0, lr_scales=0, lr_zeros=0).tune(p).canonical is p.canonical

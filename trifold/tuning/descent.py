@@ -1,0 +1,127 @@
+"""The loop that both stages of recovery share: Adam with a falling rate, and the best state that was seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trifold.core.method import TuningProblem, TuningSolution
+from trifold.tuning.tunable import tunable
+
+_BETAS, _EPSILON = (0.9, 0.95), 1e-12
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates by kind of parameter; 0 leaves a kind as it is."""
+
+    weights: float = 0.0
+    scales: float = 0.0
+    zeros: float = 0.0
+
+    def items(self) -> list[tuple[str, float]]:
+        return [(kind, rate) for kind, rate in vars(self).items() if rate > 0]
+
+
+def descend(problem: TuningProblem, rates: Rates, epochs: int, stage: str) -> TuningSolution:
+    """Tune what was decided; the state with the least loss on the batches to judge by wins, the first one included.
+
+    Between epochs the state is kept, so that a run that was broken off goes on to the same result.
+    """
+    kinds = frozenset(kind for kind, _ in rates.items())
+    tunables = {name: tunable(c, kinds) for name, c in problem.canonical.items()}
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "lr": rate, "rate": rate}
+        for kind, rate in rates.items()
+        if (parameters := [p for t in tunables.values() for p in t.of_kind(kind)])
+    ]
+    parameters = [p for group in groups for p in group["params"]]
+    if not parameters or not epochs:
+        return TuningSolution(problem.canonical, {"stage": stage, "epochs": 0})
+    optimiser = torch.optim.Adam(groups, betas=_BETAS, eps=_EPSILON)
+    weights = {name: t.weight for name, t in tunables.items()}
+    state = _State(parameters, optimiser)
+    kept = problem.kept()
+    if kept is None:
+        state.begin(_judged(problem, weights))
+    else:
+        state.load(kept)
+    steps = epochs * len(problem.learn)
+    for epoch in range(state.epoch, epochs):
+        generator = torch.Generator().manual_seed(problem.seed * 1000003 + epoch)
+        for turn, place in enumerate(torch.randperm(len(problem.learn), generator=generator).tolist()):
+            done = epoch * len(problem.learn) + turn
+            for group in optimiser.param_groups:
+                group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * done / steps))
+            _step(problem.loss(problem.learn[place], weights), parameters, optimiser)
+        state.finish_epoch(_judged(problem, weights))
+        losses = f"loss {state.last:.4e}  best {state.best:.4e}  began at {state.first:.4e}"
+        problem.note(f"{stage}: epoch {epoch + 1}/{epochs}  {losses}")
+        problem.keep(state.tensors())
+    state.restore_best()
+    event = {"stage": stage, "epochs": epochs, "before": state.first, "after": state.best}
+    return TuningSolution({name: t.canonical() for name, t in tunables.items()}, event)
+
+
+def _step(loss: torch.Tensor, parameters: list[torch.nn.Parameter], optimiser: torch.optim.Adam) -> None:
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    if not all(g is None or bool(torch.isfinite(g).all()) for g in gradients):
+        return
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _judged(problem: TuningProblem, weights: Mapping[str, Callable[[], torch.Tensor]]) -> float:
+    losses = [float(problem.loss(batch, weights)) for batch in problem.judge]
+    return math.fsum(losses) / len(losses)
+
+
+class _State:
+    """Everything that the next epoch depends on."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], optimiser: torch.optim.Adam) -> None:
+        self.parameters, self.optimiser = parameters, optimiser
+        self.epoch, self.first, self.best, self.last = 0, math.inf, math.inf, math.inf
+        self._winner = [p.detach().clone() for p in parameters]
+
+    def begin(self, loss: float) -> None:
+        self.first = self.best = self.last = loss
+
+    def finish_epoch(self, loss: float) -> None:
+        self.epoch, self.last = self.epoch + 1, loss
+        if loss < self.best:
+            self.best, self._winner = loss, [p.detach().clone() for p in self.parameters]
+
+    def restore_best(self) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self._winner, strict=True):
+                parameter.copy_(value)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        found = {"numbers": torch.tensor([self.epoch, self.first, self.best, self.last], dtype=torch.float64)}
+        for number, parameter in enumerate(self.parameters):
+            moments = self.optimiser.state.get(parameter, {})
+            found[f"{number}.value"], found[f"{number}.best"] = parameter.detach(), self._winner[number]
+            found.update({f"{number}.{name}": value for name, value in moments.items()})
+        return found
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        epoch, self.first, self.best, self.last = tensors["numbers"].tolist()
+        self.epoch = int(epoch)
+        with torch.no_grad():
+            for number, parameter in enumerate(self.parameters):
+                parameter.copy_(tensors[f"{number}.value"])
+                self._winner[number] = tensors[f"{number}.best"].to(parameter.device)
+                moments = {
+                    n: tensors[k] for n in ("step", "exp_avg", "exp_avg_sq") if (k := f"{number}.{n}") in tensors
+                }
+                if moments:
+                    on = {n: t if n == "step" else t.to(parameter.device) for n, t in moments.items()}
+                    self.optimiser.state[parameter] = on
