@@ -2,9 +2,9 @@
 
     python benchmarks/decode.py [--folder DIR] [--bits 4] [--layers 22] [--threads N]
 
-Hidden size 2048, 5632 inside the MLP, 22 blocks, a vocabulary of 32000 with an untied head that stays dense. Round to
-nearest with the rest as the preset has it: only speed and memory are of interest. Loading runs in a process of its
-own, whose peak beyond the imports is compared with the size of the checkpoint.
+Hidden size 2048, 5632 inside the MLP, 22 blocks, a vocabulary of 32000 with an untied head that stays dense. The
+packed checkpoint has random codes in groups of 128, since only speed and memory are of interest. Loading runs in a
+process of its own, whose peak beyond the imports is compared with the size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ print(json.dumps({"load": loaded, "load_and_first_token": status("VmHWM") - befo
 """
 
 
-def make(folder: Path, layers: int) -> None:
-    """The dense model; all linears of a block shape share one random draw, so that it is made quickly."""
+def make(folder: Path, layers: int, bits: int | None) -> None:
+    """A random model, dense or with packed blocks."""
+    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from trifold.compress.checkpoint import FORMAT_VERSION, QUANT_METHOD
+    from trifold.compress.integration.modules import replace_modules
 
     config = LlamaConfig(
         vocab_size=32000,
@@ -46,21 +50,38 @@ def make(folder: Path, layers: int) -> None:
         num_key_value_heads=4,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    drawn: dict[torch.Size, torch.Tensor] = {}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1)
-                continue
-            if parameter.shape not in drawn:
-                drawn[parameter.shape] = 0.02 * torch.randn(parameter.shape, dtype=torch.bfloat16)
-            parameter.copy_(drawn[parameter.shape])
-    model.save_pretrained(folder)
+    scheme = {"format": "int", "bits": bits, "group_size": 128, "symmetric": False, "scale_dtype": "bfloat16"}
+    linears = {n: m for n, m in model.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)}
+    modules = {name: {**scheme, "shape": list(m.weight.shape)} for name, m in linears.items()} if bits else {}
+    replace_modules(model, modules)
+    tensors = {name: _random(name, tensor) for name, tensor in model.state_dict().items()}
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    written = config.to_dict()
+    if bits:
+        written["quantization_config"] = {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "modules": modules,
+        }
+    (folder / "config.json").write_text(json.dumps(written, default=str))
+
+
+def _random(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype == torch.int32:
+        return torch.randint(-(2**31), 2**31, tensor.shape, dtype=torch.int32)
+    if name.endswith("scale"):
+        return torch.full(tensor.shape, 0.005, dtype=tensor.dtype)
+    return (
+        torch.ones_like(tensor, device="cpu")
+        if tensor.dim() == 1
+        else 0.02 * torch.randn(tensor.shape, dtype=tensor.dtype)
+    )
 
 
 def run(*command: object) -> str:
@@ -80,22 +101,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         dense, packed = folder / "dense", folder / f"w{args.bits}"
-        if not dense.exists():
-            make(dense, args.layers)
+        for path, bits in ((dense, None), (packed, args.bits)):
+            if not path.exists():
+                make(path, args.layers, bits)
         trifold = (sys.executable, "-m", "trifold")
-        if not packed.exists():
-            run(
-                *trifold,
-                "compress",
-                dense,
-                "-r",
-                f"w{args.bits}a16-rtn",
-                "-o",
-                packed,
-                "--set",
-                "ranges=minmax",
-                "--quiet",
-            )
         if args.prepare:
             return
         memory = json.loads(run(sys.executable, "-c", LOAD, packed))

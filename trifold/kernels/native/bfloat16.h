@@ -15,7 +15,7 @@ typedef struct {
     __m512i nibbles[2], upper[2], pairs, singles;
 } lanes;
 
-/* How codes become numbers. mask: of codes that an offset is added to. */
+/* How codes become numbers. */
 typedef struct {
     __m512i table[3];
     __m512i offset[2]; /* of the low nibble, or all; of the rest */
