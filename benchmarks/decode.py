@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from common import machine, markdown, save
+from random_model import TINYLLAMA
 
 LOAD = """
 import json, re, sys, trifold, trifold.compress.integration.quantizer, transformers.models.llama.modeling_llama, torch
@@ -41,18 +42,7 @@ def make(folder: Path, layers: int, bits: int | None) -> None:
     from trifold.compress.checkpoint import FORMAT_VERSION, QUANT_METHOD
     from trifold.compress.integration.modules import replace_modules
 
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
+    config = LlamaConfig(num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16", **TINYLLAMA)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     scheme = {"format": "int", "bits": bits, "group_size": 128, "symmetric": False, "scale_dtype": "bfloat16"}
