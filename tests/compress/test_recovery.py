@@ -1,6 +1,7 @@
 """Recovery in the pipeline: block by block, then the whole model; broken off, it ends the same."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -118,7 +119,10 @@ def test_a_run_that_is_broken_off_ends_the_same(tmp_path, tiny, text, monkeypatc
 def test_killed_without_warning(tmp_path, tiny, text):
     model = tiny("llama", **LLAMA)
     arguments = list(map(str, command(model, text, tmp_path / "out", tmp_path)))
-    process = subprocess.Popen([sys.executable, "-m", "trifold", *arguments], stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here, or the journal is another run's
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trifold", *arguments], stderr=subprocess.DEVNULL, env=environment
+    )
     state = tmp_path / "out.partial" / "journal"
     for _ in range(3000):
         if process.poll() is not None or list(state.glob("block-00001.json")):

@@ -82,7 +82,7 @@ def test_a_table_of_another_width_is_refused(monkeypatch):
 
 def test_without_a_gpu_it_says_so_and_the_next_takes_it(monkeypatch):
     spec = layer(quantized(64, 192, 4, 64, False)).spec
-    assert explain(spec, torch.float16, "cpu").rejected["weight_only.planes"] == "runs on cuda, not cpu"
+    assert explain(spec, torch.float64, "cpu").rejected["weight_only.planes"] == "runs on cuda, not cpu"
     monkeypatch.setattr(gpu, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     gpu.no_gpu.cache_clear()
