@@ -15,6 +15,7 @@ from trifold.compress.plan import LayerPlan, Plan, make_plan
 from trifold.compress.recipe import Recipe
 from trifold.compress.source import tower_notice
 from trifold.compress.summary import totals
+from trifold.core.errors import RecipeError
 from trifold.core.topology import find_blocks
 from trifold.formats import Spec, describe, stored_bytes
 from trifold.kernels import unstack
@@ -50,8 +51,17 @@ class Estimate:
 
 
 def spec_of(plan: LayerPlan) -> Spec:
-    """The spec that a layer will have. Where it depends on the data, as outliers do, that of a layer without."""
-    spec = describe(plan.method.sketch(plan.shape, plan.scheme))
+    """The spec that a layer will have. Where it depends on the data, as outliers do, that of a layer without.
+
+    Raises RecipeError if nobody can tell.
+    """
+    try:
+        spec = describe(plan.method.sketch(plan.shape, plan.scheme))
+    except NotImplementedError:
+        name = type(plan.method).__name__
+        raise RecipeError(
+            f"{name}: its sizes are not known before it has run; `compress --dry-run` lists layers"
+        ) from None
     return spec if plan.input is None else spec | {"input": plan.input.to_dict()}
 
 

@@ -169,7 +169,10 @@ class LayerMethod(Method, ABC):
         """Pure: same problem, same solution."""
 
     def sketch(self, shape: tuple[int, int], scheme: Scheme | None) -> Canonical:
-        """A solution for a weight (out, in) on the meta device, which tells its size before there is one."""
+        """A solution for a weight (out, in) on the meta device, which tells its size before there is one.
+
+        Raises NotImplementedError if the size is not known by then.
+        """
         if scheme is None:
             return Dense(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
         codes = torch.empty(shape, dtype=torch.uint8, device="meta")

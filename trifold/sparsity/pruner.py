@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from trifold.core.canonical import Sparse
+from trifold.core.canonical import Canonical, Sparse
 from trifold.core.errors import RecipeError
 from trifold.core.method import Budget, LayerMethod, LayerProblem, LayerSolution
 from trifold.core.pattern import Pattern, Scope, check_sparsity
@@ -67,6 +67,10 @@ class Pruner(LayerMethod):
     @property
     def gathers(self) -> tuple[type[Statistic], ...]:
         return (Gram, Drift) if self.refit and self.dense_targets else (Gram,)
+
+    def sketch(self, shape: tuple[int, int], scheme: Scheme | None) -> Canonical:
+        """How many bytes stay depends on which weights do."""
+        raise NotImplementedError
 
     @abstractmethod
     def layout(self, scheme: Scheme | None) -> Pattern:
