@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trifold.core.native import library
+from trifold.core.native import library, pointer
 from trifold.core.ranges import to_codes
 from trifold.core.scheme import Scheme
 
@@ -69,10 +69,10 @@ class NearestCode(ColumnDecision):
         native.sweep_columns(
             *map(ctypes.c_size_t, current.shape),
             ctypes.c_float(self.scheme.max_code),
-            *map(_pointer, (current, errors, codes, factor)),
+            *map(pointer, (current, errors, codes, factor)),
             ctypes.c_size_t(factor.stride(0)),
-            *map(_pointer, (self.group[start:], self.scale, self.zero)),
-            _pointer(*keep) if keep else None,
+            *map(pointer, (self.group[start:], self.scale, self.zero)),
+            pointer(*keep) if keep else None,
         )
         return True
 
@@ -93,7 +93,7 @@ class Kept(ColumnDecision):
             return False
         native.mask_columns(
             *map(ctypes.c_size_t, current.shape),
-            *map(_pointer, (current, errors, keep, factor)),
+            *map(pointer, (current, errors, keep, factor)),
             ctypes.c_size_t(factor.stride(0)),
         )
         return True
@@ -118,7 +118,7 @@ def descend_block(
     native.descend_columns(
         *map(ctypes.c_size_t, codes.shape),
         ctypes.c_float(max_code),
-        *map(_pointer, (codes, slopes, step, scale, moved, hessian)),
+        *map(pointer, (codes, slopes, step, scale, moved, hessian)),
         ctypes.c_size_t(hessian.stride(0)),
     )
     return True
@@ -127,7 +127,3 @@ def descend_block(
 def _native(*tensors: torch.Tensor) -> ctypes.CDLL | None:
     suits = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.stride(-1) == 1 for t in tensors)
     return library("columns") if suits else None
-
-
-def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())

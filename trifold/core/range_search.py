@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from trifold.core.native import library
+from trifold.core.native import library, pointer
 from trifold.core.scheme import SCALE_DTYPES, Scheme
 
 _KINDS = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -40,16 +40,16 @@ def search_ranges(
     def search(part: slice) -> None:
         native.search_ranges(
             *map(ctypes.c_size_t, (part.stop - part.start, columns, width)),
-            _pointer(weight[part]),
-            _pointer(cost),
+            pointer(weight[part]),
+            pointer(cost),
             ctypes.c_float(norm),
             ctypes.c_size_t(len(candidates)),
-            _pointer(candidates),
+            pointer(candidates),
             *map(ctypes.c_float, (scheme.max_code, scheme.midpoint, levels)),
             ctypes.c_int(_KINDS[scheme.scale_dtype]),
             *map(ctypes.c_float, (limits.tiny, limits.max)),
-            _pointer(scale[part]),
-            ctypes.c_void_p(None) if zero is None else _pointer(zero[part]),
+            pointer(scale[part]),
+            ctypes.c_void_p(None) if zero is None else pointer(zero[part]),
         )
 
     threads = max(1, min(torch.get_num_threads(), weight.numel() // _WORTH_A_THREAD, rows))
@@ -64,7 +64,3 @@ def search_ranges(
         for other in others:
             other.result()
     return scale, zero
-
-
-def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())

@@ -18,12 +18,18 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 
 class NotCompiledError(RuntimeError):
     """A library cannot be had; the message says why in a few words."""
+
+
+def pointer(tensor: Any) -> ctypes.c_void_p:
+    """Where a tensor's numbers begin, for a function of a library."""
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 @cache
