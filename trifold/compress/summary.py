@@ -8,26 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from trifold.compress.checkpoint import QUANT_METHOD, check_version
 from trifold.compress.files import shard_files
+from trifold.compress.tensor_file import stored
 from trifold.core.errors import CheckpointError
 from trifold.formats import Spec, bits_per_weight, label, layout, stored_bytes
 
-_ITEM_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "BF16": 2,
-    "F16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -105,13 +91,9 @@ def _others(folder: Path, modules: Mapping[str, Spec]) -> dict[str, tuple[int, i
     packed = _stored_names(modules)
     found = {}
     for file in sorted(set(shard_files(folder).values())):
-        with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a dict
-                if key in packed:
-                    continue
-                part = handle.get_slice(key)
-                count = math.prod(part.get_shape())
-                found[key] = (count, count * _ITEM_BYTES.get(part.get_dtype(), 1))
+        for key, entry in stored(file).items():
+            if key not in packed:
+                found[key] = (math.prod(entry.shape), entry.nbytes)
     return found
 
 
