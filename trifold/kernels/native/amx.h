@@ -37,7 +37,7 @@ INLINE void write_numbers(const uint8_t *codes, const decoder *d, int64_t blocks
 {
     const int64_t size = CHUNK_BLOCKS / 2 * K_BYTES; /* of a term */
     for (int64_t b = 0; b < blocks; b++, codes += BLOCK_BYTES) {
-        const lanes loaded = load_lanes(codes);
+        const lanes loaded = load_lanes(codes, d, zeros);
         for (int ahead = 0; ahead < BLOCK_BYTES; ahead += 64) _mm_prefetch(codes + AHEAD + ahead, _MM_HINT_T1);
 #pragma GCC unroll 8
         for (int step = 0; step < BLOCK / 2; step++) {

@@ -5,6 +5,9 @@
    index is code - zero + 16. Codes above 4 bits are two numbers, of the low nibble and of the rest times 16; the
    values of a table that bfloat16 does not hold are three that add up to them. */
 
+#ifndef TRIFOLD_BFLOAT16_H
+#define TRIFOLD_BFLOAT16_H
+
 #include "layout.h"
 
 #include <immintrin.h>
@@ -13,15 +16,26 @@
 
 typedef struct {
     __m512i nibbles[2], upper[2], pairs, singles;
+    __m512i low[2][2], high[2][2]; /* of nibbles and upper: the even and odd ones as bytes, with offsets */
 } lanes;
 
 /* How codes become numbers. */
 typedef struct {
     __m512i table[3];
-    __m512i offset[2]; /* of the low nibble, or all; of the rest */
+    __m512i offset[2]; /* of the low nibble, or all; of the rest; in every byte */
 } decoder;
 
-INLINE lanes load_lanes(const uint8_t *at)
+/* A plane of nibbles as bytes, offsets added: half the work of adding them to each number. */
+INLINE void add_offset(const __m512i *plane, __m512i offset, __m512i to[2][2])
+{
+    const __m512i mask = _mm512_set1_epi8(15);
+    for (int i = 0; i < 2; i++) {
+        to[i][0] = _mm512_add_epi8(_mm512_and_si512(plane[i], mask), offset);
+        to[i][1] = _mm512_add_epi8(_mm512_and_si512(_mm512_srli_epi16(plane[i], 4), mask), offset);
+    }
+}
+
+INLINE lanes load_lanes(const uint8_t *at, const decoder *d, int zeros)
 {
     lanes p;
     if (BITS >= 4) {
@@ -38,6 +52,8 @@ INLINE lanes load_lanes(const uint8_t *at)
         p.singles = _mm512_or_si512(octets, _mm512_slli_epi32(octets, 8));
         if (BITS & 2) p.singles = _mm512_slli_epi16(p.singles, 2); /* to bit 2, where it belongs */
     }
+    if (zeros && BITS >= 4) add_offset(p.nibbles, d->offset[0], p.low);
+    if (zeros && BITS == 8) add_offset(p.upper, d->offset[1], p.high);
     return p;
 }
 
@@ -60,6 +76,11 @@ INLINE __m512i high_index(const lanes *p, int step)
     return _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), pairs, _mm512_srli_epi16(p->singles, step), 0xca);
 }
 
+INLINE __m512i byte_index(const __m512i plane[2][2], int step)
+{
+    return _mm512_srli_epi16(plane[step / 4][step % 2], step % 4 / 2 * 8);
+}
+
 INLINE __m512i shifted(__m512i index, int bits, __m512i offset)
 {
     return _mm512_add_epi16(_mm512_and_si512(index, _mm512_set1_epi16((short)((1 << bits) - 1))), offset);
@@ -68,12 +89,16 @@ INLINE __m512i shifted(__m512i index, int bits, __m512i offset)
 /* Numbers of a step: `terms` vectors that add up to the weights. */
 INLINE void numbers_of(const lanes *p, const decoder *d, int zeros, int terms, int step, __m512i *out)
 {
-    __m512i low = low_index(p, step);
-    if (zeros) low = shifted(low, BITS < 4 ? BITS : 4, d->offset[0]);
+    __m512i low;
+    if (zeros && BITS >= 4) low = byte_index(p->low, step);
+    else if (zeros) low = shifted(low_index(p, step), BITS, d->offset[0]);
+    else low = low_index(p, step);
     out[0] = _mm512_permutexvar_epi16(low, d->table[0]);
     if (BITS > 4) {
-        __m512i high = high_index(p, step);
-        if (zeros) high = shifted(high, BITS - 4, d->offset[1]);
+        __m512i high;
+        if (zeros && BITS == 8) high = byte_index(p->high, step);
+        else if (zeros) high = shifted(high_index(p, step), BITS - 4, d->offset[1]);
+        else high = high_index(p, step);
         out[1] = _mm512_permutexvar_epi16(high, d->table[1]);
     } else {
         for (int t = 1; t < terms; t++) out[t] = _mm512_permutexvar_epi16(low, d->table[t]);
@@ -123,10 +148,11 @@ INLINE __m512i zero_codes(__m512 zero)
 
 INLINE void set_offsets(const weight *w, decoder *d, int64_t tile, int64_t g)
 {
-    const __m512i code = zero_codes((__m512)zero_of(w, tile, g)), sixteen = _mm512_set1_epi16(16);
-    const __m512i both = _mm512_or_si512(code, _mm512_slli_epi32(code, 16));
-    d->offset[0] = _mm512_sub_epi16(sixteen, _mm512_and_si512(both, _mm512_set1_epi16(15)));
-    d->offset[1] = _mm512_sub_epi16(sixteen, _mm512_srli_epi16(both, 4));
+    const __m512i code = zero_codes((__m512)zero_of(w, tile, g)), sixteen = _mm512_set1_epi32(16);
+    const __m512i every = _mm512_set1_epi32(0x01010101);
+    d->offset[0] =
+        _mm512_mullo_epi32(_mm512_sub_epi32(sixteen, _mm512_and_si512(code, _mm512_set1_epi32(15))), every);
+    d->offset[1] = _mm512_mullo_epi32(_mm512_sub_epi32(sixteen, _mm512_srli_epi32(code, 4)), every);
 }
 
 /* What is left of real zero-points after codes were taken for them. */
@@ -135,3 +161,5 @@ INLINE __m512 zero_rest(const weight *w, int64_t tile, int64_t g)
     const __m512 zero = (__m512)zero_of(w, tile, g);
     return _mm512_sub_ps(zero, _mm512_cvtepi32_ps(zero_codes(zero)));
 }
+
+#endif

@@ -1,57 +1,86 @@
-/* Products of bfloat16 activations by vdpbf16ps: AVX512-BF16 without AMX. */
+/* Products of bfloat16 activations by vdpbf16ps: AVX512-BF16, and a single token where there is AMX.
+
+   Several tiles are read side by side: one run of addresses does not fill the memory's queues. */
 
 #include "bfloat16.h"
 
-INLINE void dot_tile(const product *p, const decoder *from, int64_t tile, int64_t token, int zeros, int tokens)
+#define SIDES 4      /* tiles side by side for one token */
+#define DOTS_AHEAD 1024 /* bytes of each that are asked for before they are needed */
+
+/* `sides` tiles from `tile` on, for `tokens` tokens. The order of sums does not depend on `sides`. */
+INLINE void dot_tile(const product *p, const decoder *from, int64_t tile, int64_t token, int zeros, int tokens,
+                     int sides)
 {
     const weight *w = &p->w;
-    const int terms = BITS > 4 ? 2 : 1, chains = tokens == 1 ? 4 : tokens == 2 ? 2 : 1;
-    const uint8_t *codes = w->codes + tile * row_blocks(w) * BLOCK_BYTES;
+    const int terms = BITS > 4 ? 2 : 1, chains = tokens <= 2 ? 2 : 1;
+    const int64_t tile_bytes = row_blocks(w) * BLOCK_BYTES, turn = tile_bytes - DOTS_AHEAD;
+    const uint8_t *codes = w->codes + tile * tile_bytes;
     const uint16_t *x = (const uint16_t *)p->x + token * p->stride;
-    decoder d = *from;
-    __m512 total[8], sum[8][4];
-    for (int m = 0; m < tokens; m++) total[m] = _mm512_setzero_ps();
+    decoder d[SIDES];
+    __m512 total[SIDES][8], sum[SIDES][8][2];
+    for (int n = 0; n < sides; n++) {
+        if (zeros) d[n] = *from;
+        for (int m = 0; m < tokens; m++) total[n][m] = _mm512_setzero_ps();
+    }
+    int64_t at = 0;
     for (int64_t g = 0; g < groups(w); g++) {
-        const __m512 scale = (__m512)scale_of(w, tile, g);
-        if (zeros) set_offsets(w, &d, tile, g);
-        for (int m = 0; m < tokens; m++)
-            for (int c = 0; c < chains; c++) sum[m][c] = _mm512_setzero_ps();
-        for (int64_t b = group_blocks(w, g); b > 0; b--, codes += BLOCK_BYTES, x += BLOCK) {
-            const lanes loaded = load_lanes(codes);
-            for (int ahead = 0; ahead < BLOCK_BYTES; ahead += 64) _mm_prefetch(codes + AHEAD + ahead, _MM_HINT_T1);
+        for (int n = 0; n < sides; n++) {
+            if (zeros) set_offsets(w, &d[n], tile + n, g);
+            for (int m = 0; m < tokens; m++)
+                for (int c = 0; c < chains; c++) sum[n][m][c] = _mm512_setzero_ps();
+        }
+        for (int64_t b = group_blocks(w, g); b > 0; b--, at += BLOCK_BYTES, x += BLOCK) {
+            const int64_t ahead = at + DOTS_AHEAD + (at < turn ? 0 : (sides - 1) * tile_bytes); /* the next tiles */
+#pragma GCC unroll 4
+            for (int n = 0; n < sides; n++) {
+                const decoder *own = zeros ? &d[n] : from;
+                const lanes loaded = load_lanes(codes + n * tile_bytes + at, own, zeros);
+                for (int line = 0; line < BLOCK_BYTES; line += 64)
+                    _mm_prefetch(codes + n * tile_bytes + ahead + line, _MM_HINT_T0);
 #pragma GCC unroll 8
-            for (int step = 0; step < BLOCK / 2; step++) {
-                __m512i numbers[3];
-                numbers_of(&loaded, &d, zeros, terms, step, numbers);
+                for (int step = 0; step < BLOCK / 2; step++) {
+                    __m512i numbers[3];
+                    numbers_of(&loaded, own, zeros, terms, step, numbers);
 #pragma GCC unroll 8
-                for (int m = 0; m < tokens; m++) {
-                    int pair;
-                    memcpy(&pair, x + m * p->stride + 2 * step, 4);
-                    const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                    for (int m = 0; m < tokens; m++) {
+                        int pair;
+                        memcpy(&pair, x + m * p->stride + 2 * step, 4);
+                        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+                        __m512 *to = &sum[n][m][step % chains];
 #pragma GCC unroll 2
-                    for (int t = 0; t < terms; t++)
-                        sum[m][step % chains] = _mm512_dpbf16_ps(sum[m][step % chains], (__m512bh)numbers[t], both);
+                        for (int t = 0; t < terms; t++) *to = _mm512_dpbf16_ps(*to, (__m512bh)numbers[t], both);
+                    }
                 }
             }
         }
-        for (int m = 0; m < tokens; m++) {
-            for (int c = 1; c < chains; c++) sum[m][0] = _mm512_add_ps(sum[m][0], sum[m][c]);
-            if (w->kind == REAL)
-                sum[m][0] = _mm512_fnmadd_ps(zero_rest(w, tile, g),
-                                             _mm512_set1_ps(p->sums[(token + m) * groups(w) + g]), sum[m][0]);
-            total[m] = _mm512_fmadd_ps(sum[m][0], scale, total[m]);
+        for (int n = 0; n < sides; n++) {
+            const __m512 scale = (__m512)scale_of(w, tile + n, g);
+            for (int m = 0; m < tokens; m++) {
+                __m512 all = sum[n][m][0];
+                for (int c = 1; c < chains; c++) all = _mm512_add_ps(all, sum[n][m][c]);
+                if (w->kind == REAL)
+                    all = _mm512_fnmadd_ps(zero_rest(w, tile + n, g),
+                                           _mm512_set1_ps(p->sums[(token + m) * groups(w) + g]), all);
+                total[n][m] = _mm512_fmadd_ps(all, scale, total[n][m]);
+            }
         }
     }
-    for (int m = 0; m < tokens; m++) store_outputs(p, tile, token + m, (vf)total[m]);
+    for (int n = 0; n < sides; n++)
+        for (int m = 0; m < tokens; m++) store_outputs(p, tile + n, token + m, (vf)total[n][m]);
 }
 
-INLINE void dot_tokens(const product *p, const decoder *d, int64_t tile, int zeros)
+/* `sides` tiles for all tokens. */
+INLINE void dot_tokens(const product *p, const decoder *d, int64_t tile, int zeros, int sides)
 {
     int64_t token = 0;
-    for (; p->tokens - token >= 8; token += 8) dot_tile(p, d, tile, token, zeros, 8);
-    if (p->tokens - token >= 4) dot_tile(p, d, tile, token, zeros, 4), token += 4;
-    if (p->tokens - token >= 2) dot_tile(p, d, tile, token, zeros, 2), token += 2;
-    if (p->tokens - token >= 1) dot_tile(p, d, tile, token, zeros, 1);
+    for (; p->tokens - token >= 8; token += 8)
+        for (int n = 0; n < sides; n++) dot_tile(p, d, tile + n, token, zeros, 8, 1);
+    if (p->tokens - token >= 4) {
+        for (int n = 0; n < sides; n += 2) dot_tile(p, d, tile + n, token, zeros, 4, sides < 2 ? 1 : 2);
+        token += 4;
+    }
+    if (p->tokens - token >= 2) dot_tile(p, d, tile, token, zeros, 2, sides), token += 2;
+    if (p->tokens - token >= 1) dot_tile(p, d, tile, token, zeros, 1, sides);
 }
 
 /* Tiles `begin` .. `end` - 1. */
@@ -59,7 +88,12 @@ static void dot_tiles(const product *p, int64_t begin, int64_t end)
 {
     decoder d;
     make_decoder(&p->w, &d);
-    for (int64_t tile = begin; tile < end; tile++)
-        if (p->w.kind == INTEGER || p->w.kind == REAL) dot_tokens(p, &d, tile, 1);
-        else dot_tokens(p, &d, tile, 0);
+    const int zeros = p->w.kind == INTEGER || p->w.kind == REAL;
+    int64_t tile = begin;
+    for (; end - tile >= SIDES; tile += SIDES)
+        if (zeros) dot_tokens(p, &d, tile, 1, SIDES);
+        else dot_tokens(p, &d, tile, 0, SIDES);
+    for (; tile < end; tile++)
+        if (zeros) dot_tokens(p, &d, tile, 1, 1);
+        else dot_tokens(p, &d, tile, 0, 1);
 }

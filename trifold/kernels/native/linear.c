@@ -3,10 +3,11 @@
 #include "float32.h"
 #include "pack.h"
 
+#if defined(__AVX512BF16__)
+#include "dots.h"
+#endif
 #if defined(__AMX_BF16__)
 #include "amx.h"
-#elif defined(__AVX512BF16__)
-#include "dots.h"
 #endif
 
 /* Whether this processor and system let the library run. */
@@ -116,7 +117,8 @@ static way way_of(const weight *w, int64_t tokens, int64_t dtype)
     if (dtype != BFLOAT16) return FLOATS;
     const int wide_table = w->kind == TABLE && !table_is_narrow(w);
 #if defined(__AMX_BF16__)
-    return wide_table && tokens <= 2 ? FLOATS : TILES;
+    if (wide_table && tokens <= 2) return FLOATS;
+    return tokens == 1 ? DOTS : TILES;
 #else
     return wide_table ? FLOATS : DOTS;
 #endif
@@ -204,10 +206,11 @@ int linear(const int64_t *shape, void *codes, const void *scale, const void *zer
         const span s = share_of(tiles(&p.w), share, threads);
         if (how == FLOATS)
             for (int64_t tile = s.begin; tile < s.end; tile++) float_product(&p, tile);
+#if defined(__AVX512BF16__)
+        if (how == DOTS) dot_tiles(&p, s.begin, s.end);
+#endif
 #if defined(__AMX_BF16__)
         if (how == TILES && s.begin < s.end) amx_tiles(&p, s.begin, s.end);
-#elif defined(__AVX512BF16__)
-        if (how == DOTS) dot_tiles(&p, s.begin, s.end);
 #endif
     }
     free(placed);
