@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -50,6 +51,11 @@ class Op(Runtime, ABC):
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
         """x (M, in) with M >= 1 -> (M, out), both of one float dtype. tensors: as `prepare` returned them.
         bias: (out,) of x's dtype."""
+
+    def bind(self, tensors: Tensors, spec: Spec) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+        """`run` of one weight; what does not change from call to call may be worked out here. tensors: stay as they
+        are while the result is in use."""
+        return lambda x, bias: self.run(x, tensors, spec, bias)
 
     def rows(self, tensors: Tensors, spec: Spec, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """Rows start..stop-1 of the dequantised weight, (stop - start, in), rounded once to `dtype`."""

@@ -77,8 +77,17 @@ class PackedLinear(PackedModule):
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if not len(x):
             return x.new_empty(0, self.out_features)
-        op = self._op(x)
-        return op.run(x, self._tensors_for(op), self.spec, None if bias is None else bias.to(x.dtype))
+        bias = None if bias is None else bias.to(x.dtype)
+        if type(x) is not torch.Tensor or torch.compiler.is_compiling():
+            op = self._op(x)
+            return op.run(x, self._tensors_for(op), self.spec, bias)
+        bound = self._bound
+        if bound is None or bound[0] != x.dtype or bound[1] != x.device:
+            op = self._op(x)
+            bound = x.dtype, x.device, op.bind(self._tensors_for(op), self.spec)
+            if self._holder is op:
+                self._bound = bound
+        return bound[2](x, bias)
 
     def _input_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """grad (M, out) -> grad W, (M, in), summed over blocks of rows in at least float32."""

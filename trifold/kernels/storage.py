@@ -36,6 +36,7 @@ class PackedModule(nn.Module):
         self._layout = {name: entry for name, entry in layout(spec).items() if "." not in name}
         self._runtime: Tensors = {}
         self._holder: Runtime | None = None
+        self._bound: Any = None  # a call of the holder on the runtime tensors, while there are any
         for name, (shape, dtype) in self._layout.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
         if spec.get("parts"):
@@ -99,7 +100,7 @@ class PackedModule(nn.Module):
                 return
             with torch.inference_mode(False), torch.no_grad():
                 tensors = op.restore(runtime, self.spec)
-            self._runtime, self._holder = {}, None
+            self._runtime, self._holder, self._bound = {}, None, None
             portable = {name: tensors[name] for name in self._layout}
             self._replace({f"runtime_{name}": None for name in runtime}, portable, True)
 

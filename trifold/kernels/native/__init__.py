@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -93,23 +94,27 @@ class Library:
         bias: _Tensor,
     ) -> torch.Tensor:
         """x (M, columns), float32 or bfloat16 -> (M, rows). bias: (rows,) of x's dtype. All contiguous."""
-        y = x.new_empty(x.shape[0], shape[0])
-        failed = self._linear(
-            _array(shape),
-            codes.data_ptr(),
-            scale.data_ptr(),
-            None if zero is None else zero.data_ptr(),
-            None if table is None else table.data_ptr(),
-            x.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            x.shape[0],
-            DTYPES[x.dtype],
-            _threads(shape),
-        )
-        if failed:
-            raise MemoryError(f"no memory for {tuple(x.shape)} activations")
-        return y
+        return self.bind(shape, codes, scale, zero, table)(x, bias)
+
+    def bind(
+        self, shape: tuple[int, ...], codes: torch.Tensor, scale: torch.Tensor, zero: _Tensor, table: _Tensor
+    ) -> Callable[[torch.Tensor, _Tensor], torch.Tensor]:
+        """`linear` of one weight, as a function of x and bias."""
+        rows, product = shape[0], self._linear
+        size, most = _array(shape), _worth(shape)
+        weight = (size, codes.data_ptr(), scale.data_ptr(), *(None if t is None else t.data_ptr() for t in (zero, table)))
+        kept = (codes, scale, zero, table)
+
+        def call(x: torch.Tensor, bias: _Tensor) -> torch.Tensor:
+            tokens = x.shape[0]
+            y = x.new_empty(tokens, rows)
+            given = None if bias is None else bias.data_ptr()
+            threads = min(most, torch.get_num_threads())
+            if product(*weight, x.data_ptr(), given, y.data_ptr(), tokens, DTYPES[x.dtype], threads):
+                raise MemoryError(f"no memory for {tuple(x.shape)} activations by {tuple(kept[0].shape)} codes")
+            return y
+
+        return call
 
     def dequantize(
         self,
@@ -181,8 +186,13 @@ def _array(shape: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
 _WORTH = 2**16  # weights that are worth another thread
 
 
+def _worth(shape: tuple[int, ...]) -> int:
+    """How many threads a weight of this shape keeps busy."""
+    return max(1, shape[0] * shape[1] // _WORTH)
+
+
 def _threads(shape: tuple[int, ...]) -> int:
-    return max(1, min(torch.get_num_threads(), shape[0] * shape[1] // _WORTH))
+    return min(torch.get_num_threads(), _worth(shape))
 
 
 @cache

@@ -7,6 +7,14 @@
 #define SIDES 4      /* tiles side by side for one token */
 #define DOTS_AHEAD 1024 /* bytes of each that are asked for before they are needed */
 
+/* Prefetch what a group has beside its codes. */
+INLINE void ask_for_scales(const weight *w, int64_t tile, int64_t g)
+{
+    const int64_t at = (tile * groups(w) + g) * ROWS;
+    _mm_prefetch((const uint8_t *)w->scale + at * (w->wide ? 4 : 2), _MM_HINT_T0);
+    if (w->zero) _mm_prefetch((const uint8_t *)w->zero + at * (w->kind == INTEGER ? 1 : w->wide ? 4 : 2), _MM_HINT_T0);
+}
+
 /* `sides` tiles from `tile` on, for `tokens` tokens. The order of sums does not depend on `sides`. */
 INLINE void dot_tile(const product *p, const decoder *from, int64_t tile, int64_t token, int zeros, int tokens,
                      int sides)
@@ -25,6 +33,7 @@ INLINE void dot_tile(const product *p, const decoder *from, int64_t tile, int64_
     int64_t at = 0;
     for (int64_t g = 0; g < groups(w); g++) {
         for (int n = 0; n < sides; n++) {
+            ask_for_scales(w, tile + n, g + 8);
             if (zeros) set_offsets(w, &d[n], tile + n, g);
             for (int m = 0; m < tokens; m++)
                 for (int c = 0; c < chains; c++) sum[n][m][c] = _mm512_setzero_ps();

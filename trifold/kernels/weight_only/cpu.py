@@ -7,7 +7,7 @@ nothing is rounded but sums and the result. `kernels/native/layout.h` has the la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import linear, pad
@@ -122,11 +122,21 @@ class Compiled(Op):
         found = torch.ops.trifold.gather_packed(rows.contiguous(), *_stored(tensors, spec), self.variant, wanted)
         return found.to(dtype)
 
+    def bind(self, tensors: Tensors, spec: Spec) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+        stored = _stored(tensors, spec)
+        product = _library(self.variant, stored[-1]).bind(stored[-2], *stored[:-2])
+        few = _DENSE_FROM[self.variant]
+
+        def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            if len(x) < few.get(x.dtype, 0):
+                return product(x.contiguous(), None if bias is None else bias.contiguous())
+            return self.run(x, tensors, spec, bias)
+
+        return call
+
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
         if x.dtype == torch.float16:
             return self.run(x.float(), tensors, spec, None if bias is None else bias.float()).half()
-        if type(x) is torch.Tensor and not torch.compiler.is_compiling():  # the dispatcher takes as long as the call
-            return _packed_linear(x, bias, *_stored(tensors, spec), self.variant)
         y: torch.Tensor = torch.ops.trifold.packed_linear(x, bias, *_stored(tensors, spec), self.variant)
         return y
 
