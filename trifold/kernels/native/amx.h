@@ -8,7 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define PANEL_TOKENS 256 /* that meet a weight before it is decoded again */
+#define PANEL_TOKENS 128 /* that meet a weight before it is decoded again */
 #define STEP_BYTES 64
 #define K_BYTES 1024 /* 16 steps: what one tile instruction takes */
 
@@ -186,10 +186,10 @@ static void amx_tiles(const product *p, int64_t begin, int64_t end)
     make_decoder(&p->w, &d);
     const int terms = p->w.kind == TABLE ? (table_is_narrow(&p->w) ? 1 : 3) : BITS > 4 ? 2 : 1;
     configure(p->tokens);
-    for (int64_t tile = begin; tile < end; tile += 2)
-        for (int64_t first = 0; first < p->tokens; first += PANEL_TOKENS) {
-            const int64_t left = p->tokens - first;
-            panel(p, &d, tile, tile + 1 < end, first, left < PANEL_TOKENS ? left : PANEL_TOKENS, terms, &space);
-        }
+    for (int64_t first = 0; first < p->tokens; first += PANEL_TOKENS) { /* a panel stays in the second-level cache */
+        const int64_t left = p->tokens - first, count = left < PANEL_TOKENS ? left : PANEL_TOKENS;
+        for (int64_t tile = begin; tile < end; tile += 2)
+            panel(p, &d, tile, tile + 1 < end, first, count, terms, &space);
+    }
     _tile_release();
 }

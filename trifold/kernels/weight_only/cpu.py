@@ -26,7 +26,7 @@ _MIDPOINT, _INTEGER, _REAL, _TABLE = range(4)
 _Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, Sequence[int], int]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DENSE_FROM = {
-    "amx": {torch.bfloat16: 1024, torch.float32: 128},
+    "amx": {torch.bfloat16: 2048, torch.float32: 128},
     "avx512_bf16": {torch.bfloat16: 64, torch.float32: 128},
     "avx512": {torch.bfloat16: 64, torch.float32: 128},
     "avx2": {torch.bfloat16: 32, torch.float32: 32},
