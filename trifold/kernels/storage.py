@@ -18,6 +18,7 @@ from trifold.core.canonical import Canonical
 from trifold.core.errors import CheckpointError
 from trifold.formats.base import Spec, layout, unpack
 from trifold.kernels.op import Runtime, Tensors
+from trifold.kernels.pages import page_out
 
 _SWITCH = threading.RLock()
 
@@ -86,7 +87,9 @@ class PackedModule(nn.Module):
             tensors = self._own()
             if op.replaces:
                 with torch.inference_mode(False), torch.no_grad():
-                    tensors = op.prepare(tensors, self.spec)
+                    portable, tensors = tensors, op.prepare(tensors, self.spec)
+                for tensor in portable.values():
+                    page_out(tensor)
                 self._replace(self._layout, {f"runtime_{name}": t for name, t in tensors.items()}, False)
                 self._runtime, self._holder = tensors, op
             return tensors
