@@ -73,18 +73,22 @@ def op_named(name: str) -> Op:
     return next(row.op for row in TABLE if row.op.name == name)
 
 
-def measure_op(op: Op, size: int, scheme: dict[str, Any], xs: list[torch.Tensor], seconds: float) -> dict[str, Any]:
-    """Milliseconds in DRAM and in cache by number of tokens."""
+def measure_op(
+    op: Op,
+    size: int,
+    scheme: dict[str, Any],
+    xs: list[torch.Tensor],
+    seconds: float,
+    rounding: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Milliseconds in DRAM and in cache by number of tokens. rounding: of the activations."""
     tensors, spec = packed(size, **scheme)
+    spec |= {"input": rounding} if rounding else {}
     reason = op.supports(spec, xs[0].dtype, torch.device("cpu"))
     if reason is not None:
         return {"reason": reason}
-    runtime = op.prepare(tensors, spec)
-
-    def run(weight: Tensors, x: torch.Tensor) -> torch.Tensor:
-        return op.run(x, weight, spec, None)
-
-    return measure(run, copies(runtime), xs, seconds)
+    calls = [op.bind(weight, spec) for weight in copies(op.prepare(tensors, spec))]
+    return measure(lambda call, x: call(x, None), calls, xs, seconds)
 
 
 def measure(run: Callable[[Any, torch.Tensor], Any], weights: list[Any], xs: list[torch.Tensor], seconds: float) -> Any:
@@ -145,6 +149,10 @@ def main() -> None:
         if other:
             taken = op_named(f"weight_only.{other}")
             results[f"{name} {other}"] = measure_op(taken, args.size, scheme, xs[:3], args.seconds)
+    by_bytes = op_named(f"rounded_input.{ours}") if ours in ("cpu_amx", "cpu_avx512_bf16") else None
+    if by_bytes:
+        given = [halves[0], halves[2]]
+        results[f"W4A8 {ours}"] = measure_op(by_bytes, args.size, schemes["W4"], given, args.seconds, {"bits": 8})
     results["fp32 linear"] = dense(args.size, torch.float32, floats, args.seconds)
     results[f"W4 fp32 {ours}"] = measure_op(op, args.size, schemes["W4"], floats, args.seconds)
     found = ratios(results, ours)

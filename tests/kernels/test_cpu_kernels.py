@@ -8,7 +8,7 @@ from trifold.formats import FORMATS
 from trifold.kernels import PackedEmbedding, TiedLinear
 from trifold.kernels.native import VARIANTS, Library, lacking, load
 from trifold.kernels.weight_only import cpu
-from trifold.kernels.weight_only.cpu import Compiled, _packed_linear, _stored
+from trifold.kernels.weight_only.cpu import Compiled, _packed_linear, stored
 
 RUNNABLE = [name for name in VARIANTS if lacking(name) is None]
 BEST = next((name for name in RUNNABLE if isinstance(load(name, 4), Library)), None)
@@ -183,17 +183,15 @@ def test_a_stack_of_linears_compiles_whole():
 def test_custom_operators_keep_torchs_rules():
     module = layer(quantized(20, 70, 4, 32, False))
     op = Compiled(BEST)
-    stored = _stored(op.prepare(module.portable(), module.spec), module.spec)
+    held = stored(op.prepare(module.portable(), module.spec), module.spec)
     tests = ("test_schema", "test_faketensor")
     for x in (activations(3, 70), activations(2, 70, torch.bfloat16)):
-        torch.library.opcheck(torch.ops.trifold.packed_linear.default, (x, None, *stored, BEST), test_utils=tests)
-        assert torch.equal(
-            torch.ops.trifold.packed_linear(x, None, *stored, BEST), _packed_linear(x, None, *stored, BEST)
-        )
+        torch.library.opcheck(torch.ops.trifold.packed_linear.default, (x, None, *held, BEST), test_utils=tests)
+        assert torch.equal(torch.ops.trifold.packed_linear(x, None, *held, BEST), _packed_linear(x, None, *held, BEST))
     rows = torch.tensor([3, 19])
-    arguments = (*stored, BEST, 0, 20, torch.bfloat16)
+    arguments = (*held, BEST, 0, 20, torch.bfloat16)
     torch.library.opcheck(torch.ops.trifold.dequantize_packed.default, arguments, test_utils=tests)
-    arguments = (rows, *stored, BEST, torch.bfloat16)
+    arguments = (rows, *held, BEST, torch.bfloat16)
     torch.library.opcheck(torch.ops.trifold.gather_packed.default, arguments, test_utils=tests)
 
 

@@ -63,6 +63,8 @@ def test_choices_and_reasons(no_compiler):
     assert choice.op == "rounded_input.blockwise"
     assert choice.rejected == {
         "rounded_input.torch_int8": "group_size=32 is neither 'channel' nor 'tensor'",
+        "rounded_input.cpu_amx": "there is no C compiler",
+        "rounded_input.cpu_avx512_bf16": "there is no C compiler",
         "rounded_input.triton_int8": "runs on cuda, not cpu",
     }
 

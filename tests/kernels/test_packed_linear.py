@@ -7,8 +7,9 @@ import torch
 from packed_samples import WIDTHS, activations, excess, layer, quantized
 from torch import nn
 
+from trifold.core.canonical import Quantized
 from trifold.core.errors import CheckpointError, RecipeError
-from trifold.formats import digest
+from trifold.formats import FORMATS, digest, format_for
 from trifold.kernels import PackedLinear
 
 KINDS = {  # name -> (weight, input bits, dtype whose op replaces the tensors)
@@ -227,3 +228,33 @@ def test_tensors_of_another_spec_are_refused():
 def test_repr_names_the_spec():
     text = repr(layer(quantized(7, 43, 4, 16, False), bias=True, input_bits=8))
     assert "bits=4" in text and "shape=[7, 43]" in text and "bias=True" in text and "'bits': 8" in text
+
+
+def test_pages_of_a_mapped_file_leave_and_come_back(tmp_path):
+    """Values stay, also those that were changed in memory after the file was mapped."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from trifold.kernels.pages import page_out
+
+    save_file({"weight": torch.arange(2**20, dtype=torch.int32)}, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        tensor = file.get_tensor("weight")
+    tensor[70_000] = -1
+    for _ in range(2):
+        page_out(tensor)
+        expected = torch.arange(2**20, dtype=torch.int32)
+        expected[70_000] = -1
+        assert torch.equal(tensor, expected)
+    page_out(torch.arange(5))  # torch's own memory
+
+
+def test_a_bound_call_ends_with_the_tensors_it_was_bound_to():
+    first, second = quantized(32, 64, 4, 32, False), quantized(32, 64, 4, 32, True)
+    module, x = layer(first), activations(2, 64)
+    other = Quantized(second.codes, first.scale * 2, first.zero_point, first.scheme)
+    before = module(x)
+    module.load_state_dict(FORMATS.get(format_for(other)).pack(other))
+    assert torch.allclose(module(x), x @ other.dequantize().T, atol=1e-4) and not torch.equal(module(x), before)
+    assert torch.equal(copy.deepcopy(module)(x), module(x))
+    assert module(x.bfloat16()).dtype == torch.bfloat16

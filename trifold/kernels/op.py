@@ -14,6 +14,9 @@ from trifold.kernels.rows import dequantize_rows
 Tensors = dict[str, torch.Tensor]
 """Tensors of one weight by name: portable as its format lays them out, or an op's own runtime layout."""
 
+Call = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""x and bias -> y, of one weight."""
+
 
 class Runtime:
     """Stateless. Several modules share one instance.
@@ -52,7 +55,7 @@ class Op(Runtime, ABC):
         """x (M, in) with M >= 1 -> (M, out), both of one float dtype. tensors: as `prepare` returned them.
         bias: (out,) of x's dtype."""
 
-    def bind(self, tensors: Tensors, spec: Spec) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    def bind(self, tensors: Tensors, spec: Spec) -> Call:
         """`run` of one weight; what does not change from call to call may be worked out here. tensors: stay as they
         are while the result is in use."""
         return lambda x, bias: self.run(x, tensors, spec, bias)

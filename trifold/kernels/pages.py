@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ def page_out(tensor: torch.Tensor) -> None:
         _madvise()(first, last - first, _PAGEOUT)
 
 
-def _madvise() -> ctypes._CFuncPtr:
+def _madvise() -> Any:
     function = ctypes.CDLL(None).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return function

@@ -24,7 +24,7 @@ WIDTHS = range(1, 9)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _AVX512 = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "bmi2", "f16c", "fma")
-_BFLOAT16 = ("-march=x86-64-v4", "-mavx512bf16")
+_BFLOAT16 = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni")
 _Tensor = torch.Tensor | None
 
 
@@ -37,8 +37,10 @@ class Variant:
 
 
 VARIANTS = {
-    "amx": Variant((*_BFLOAT16, "-mamx-tile", "-mamx-bf16"), (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16")),
-    "avx512_bf16": Variant(_BFLOAT16, (*_AVX512, "avx512_bf16")),
+    "amx": Variant(
+        (*_BFLOAT16, "-mamx-tile", "-mamx-bf16"), (*_AVX512, "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16")
+    ),
+    "avx512_bf16": Variant(_BFLOAT16, (*_AVX512, "avx512_bf16", "avx512_vnni")),
     "avx512": Variant(("-march=x86-64-v4",), _AVX512),
     "avx2": Variant(("-march=x86-64-v3",), ("avx2", "bmi2", "f16c", "fma")),
     "portable": Variant((), ()),
@@ -80,6 +82,8 @@ class Library:
         self._linear.argtypes = [pointer] * 8 + [count] * 3
         self._dequantize.argtypes = [pointer] * 5 + [count] * 2 + [pointer] + [count] * 2
         self._gather.argtypes = [pointer] * 6 + [count, pointer, count, count]
+        self._rounded = native.rounded_linear
+        self._rounded.argtypes = [pointer] * 8 + [count] * 4
         self._pack.argtypes = self._restore.argtypes = [pointer, pointer, count, pointer, count]
         self._dequantize.restype = self._pack.restype = self._restore.restype = None
 
@@ -102,7 +106,12 @@ class Library:
         """`linear` of one weight, as a function of x and bias."""
         rows, product = shape[0], self._linear
         size, most = _array(shape), _worth(shape)
-        weight = (size, codes.data_ptr(), scale.data_ptr(), *(None if t is None else t.data_ptr() for t in (zero, table)))
+        weight = (
+            size,
+            codes.data_ptr(),
+            scale.data_ptr(),
+            *(None if t is None else t.data_ptr() for t in (zero, table)),
+        )
         kept = (codes, scale, zero, table)
 
         def call(x: torch.Tensor, bias: _Tensor) -> torch.Tensor:
@@ -115,6 +124,37 @@ class Library:
             return y
 
         return call
+
+    def rounded_linear(
+        self,
+        x: torch.Tensor,
+        shape: tuple[int, ...],
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero: _Tensor,
+        given: _Tensor,
+        largest: int,
+        bias: _Tensor,
+    ) -> torch.Tensor:
+        """`linear` with x rounded to codes up to `largest`, by `given` (1,) float32 or a scale for each token."""
+        y = x.new_empty(x.shape[0], shape[0])
+        failed = self._rounded(
+            _array(shape),
+            codes.data_ptr(),
+            scale.data_ptr(),
+            None if zero is None else zero.data_ptr(),
+            x.data_ptr(),
+            None if given is None else given.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            largest,
+            x.shape[0],
+            DTYPES[x.dtype],
+            _threads(shape),
+        )
+        if failed:
+            raise MemoryError(f"no memory for {tuple(x.shape)} activations")
+        return y
 
     def dequantize(
         self,

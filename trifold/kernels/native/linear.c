@@ -6,6 +6,9 @@
 #if defined(__AVX512BF16__)
 #include "dots.h"
 #endif
+#if defined(__AVX512VNNI__) && (BITS == 4 || BITS == 8)
+#include "int8.h"
+#endif
 #if defined(__AMX_BF16__)
 #include "amx.h"
 #endif
@@ -216,4 +219,47 @@ int linear(const int64_t *shape, void *codes, const void *scale, const void *zer
     free(placed);
     free(sums);
     return 0;
+}
+
+/* The same with activations on a grid of integers, largest code `largest`: x and y of `dtype`; given: one scale, or
+   NULL to find one for each token. Integer zero-points or none; 4 or 8 bits. Returns 2 if there is no such code. */
+int rounded_linear(const int64_t *shape, void *codes, const void *scale, const void *zero, const void *x,
+                   const float *given, const void *bias, void *y, int64_t largest, int64_t tokens, int64_t dtype,
+                   int64_t threads)
+{
+#if defined(__AVX512VNNI__) && (BITS == 4 || BITS == 8)
+    const weight w = weight_of(shape, codes, scale, zero, 0);
+    const int64_t stride = padded_columns(&w, BLOCK), size = dtype == BFLOAT16 ? 2 : 4;
+    const int64_t movers = tokens < threads ? tokens : threads;
+    int8_t *placed = malloc((size_t)(tokens * stride));
+    int32_t *sums = malloc((size_t)(tokens * groups(&w)) * 4);
+    float *scales = malloc((size_t)tokens * 4), *room = malloc((size_t)(movers * w.columns) * 5);
+    const int failed = !placed || !sums || !scales || !room;
+    if (!failed) {
+        SHARES(movers)
+        for (int64_t share = 0; share < movers; share++) {
+            const span s = share_of(tokens, share, movers);
+            float *numbers = room + share * w.columns;
+            int8_t *rounded_codes = (int8_t *)(room + movers * w.columns) + share * w.columns;
+            for (int64_t m = s.begin; m < s.end; m++) {
+                round_token((const uint8_t *)x + m * w.columns * size, dtype, w.columns, (float)largest, given, numbers,
+                            rounded_codes, scales + m);
+                place_bytes(&w, rounded_codes, placed + m * stride, sums + m * groups(&w));
+            }
+        }
+        const rounded r = {
+            {.w = w, .tokens = tokens, .dtype = dtype, .x = placed, .bias = bias, .y = y, .stride = stride}, sums, scales};
+        SHARES(threads)
+        for (int64_t share = 0; share < threads; share++) {
+            const span s = share_of(tiles(&w), share, threads);
+            byte_tiles(&r, s.begin, s.end);
+        }
+    }
+    free(placed), free(sums), free(scales), free(room);
+    return failed;
+#else
+    (void)shape, (void)codes, (void)scale, (void)zero, (void)x, (void)given, (void)bias, (void)y;
+    (void)largest, (void)tokens, (void)dtype, (void)threads;
+    return 2;
+#endif
 }

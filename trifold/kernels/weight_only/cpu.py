@@ -7,7 +7,7 @@ nothing is rounded but sums and the result. `kernels/native/layout.h` has the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import linear, pad
@@ -17,7 +17,7 @@ from trifold.formats.base import Spec
 from trifold.formats.bitstream import pack_bits, words_for
 from trifold.formats.quantized import scheme_of
 from trifold.kernels import native
-from trifold.kernels.op import Op, Tensors
+from trifold.kernels.op import Call, Op, Tensors
 from trifold.kernels.rows import row_blocks, zero_points
 
 ROWS = 16  # of a tile
@@ -84,7 +84,7 @@ class Compiled(Op):
         rows, columns, group = shape[:3]
         blocks = columns // group * -(-group // BLOCK) + -(-(columns % group) // BLOCK)
         codes = torch.empty(-(-rows // ROWS) * blocks * scheme.bits * 32, dtype=torch.uint8)
-        _library(self.variant, scheme.bits).pack(shape, tensors["weight"].contiguous(), codes)
+        library(self.variant, scheme.bits).pack(shape, tensors["weight"].contiguous(), codes)
         scale, zero = tensors["weight_scale"], zero_points(tensors, spec, slice(0, rows))
         wide = torch.float32 if shape[4] else torch.bfloat16
         kept = {name: t for name, t in tensors.items() if not name.startswith("weight")}
@@ -99,7 +99,7 @@ class Compiled(Op):
         scheme, shape = scheme_of(spec), _shape(spec)
         rows, columns = shape[:2]
         words = torch.zeros(rows, words_for(columns, scheme.bits), dtype=torch.int32)
-        _library(self.variant, scheme.bits).restore(shape, words, tensors["codes"])
+        library(self.variant, scheme.bits).restore(shape, words, tensors["codes"])
         kept = {n: t for n, t in tensors.items() if n not in ("codes", "scale", "zero", "table")}
         dtype = SCALE_DTYPES[scheme.scale_dtype]
         made = {"weight": words, "weight_scale": _rows(tensors["scale"], scheme, rows).to(dtype), **kept}
@@ -112,19 +112,19 @@ class Compiled(Op):
     def rows(self, tensors: Tensors, spec: Spec, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         first = start - start % ROWS
         wanted = dtype if dtype in native.DTYPES else torch.float32
-        weight = torch.ops.trifold.dequantize_packed(*_stored(tensors, spec), self.variant, first, stop, wanted)
+        weight = torch.ops.trifold.dequantize_packed(*stored(tensors, spec), self.variant, first, stop, wanted)
         return weight.t()[start - first :].to(dtype)
 
     def gather(self, tensors: Tensors, spec: Spec, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if int(rows.min()) < 0 or int(rows.max()) >= spec["shape"][0]:
             raise IndexError(f"row {int(rows.min())}..{int(rows.max())} of a table with {spec['shape'][0]}")
         wanted = dtype if dtype in native.DTYPES else torch.float32
-        found = torch.ops.trifold.gather_packed(rows.contiguous(), *_stored(tensors, spec), self.variant, wanted)
+        found = torch.ops.trifold.gather_packed(rows.contiguous(), *stored(tensors, spec), self.variant, wanted)
         return found.to(dtype)
 
-    def bind(self, tensors: Tensors, spec: Spec) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
-        stored = _stored(tensors, spec)
-        product = _library(self.variant, stored[-1]).bind(stored[-2], *stored[:-2])
+    def bind(self, tensors: Tensors, spec: Spec) -> Call:
+        codes, scale, zero, table, shape, bits = stored(tensors, spec)
+        product = library(self.variant, bits).bind(tuple(shape), codes, scale, zero, table)
         few = _DENSE_FROM[self.variant]
 
         def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -137,17 +137,17 @@ class Compiled(Op):
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
         if x.dtype == torch.float16:
             return self.run(x.float(), tensors, spec, None if bias is None else bias.float()).half()
-        y: torch.Tensor = torch.ops.trifold.packed_linear(x, bias, *_stored(tensors, spec), self.variant)
+        y: torch.Tensor = torch.ops.trifold.packed_linear(x, bias, *stored(tensors, spec), self.variant)
         return y
 
 
-def _library(variant: str, bits: int) -> native.Library:
+def library(variant: str, bits: int) -> native.Library:
     loaded = native.load(variant, bits)
     assert isinstance(loaded, native.Library), loaded
     return loaded
 
 
-def _stored(tensors: Tensors, spec: Spec) -> _Stored:
+def stored(tensors: Tensors, spec: Spec) -> _Stored:
     """What the custom operators take of a weight: tensors, shape, bits."""
     return (
         tensors["codes"],
@@ -173,16 +173,16 @@ def _packed_linear(
     bits: int,
     variant: str,
 ) -> torch.Tensor:
-    library, size = _library(variant, bits), tuple(shape)
+    product, size = library(variant, bits), tuple(shape)
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     if x.shape[0] < _DENSE_FROM[variant][x.dtype]:
-        return library.linear(x, size, codes, scale, zero, table, bias)
+        return product.linear(x, size, codes, scale, zero, table, bias)
     y = x.new_empty(x.shape[0], shape[0])
     blocks = list(row_blocks(shape[0], shape[1], x.device))
     room = x.new_empty(shape[1] * max(stop - start for start, stop in blocks))
     for start, stop in blocks:
         weight = room[: shape[1] * (stop - start)].view(shape[1], -1)
-        library.dequantize(size, codes, scale, zero, table, (start, stop), weight)
+        product.dequantize(size, codes, scale, zero, table, (start, stop), weight)
         y[:, start:stop] = linear(x, weight.t(), None if bias is None else bias[start:stop])
     return y
 
@@ -200,7 +200,7 @@ def _dequantize_packed(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     out = torch.empty(shape[1], stop - start, dtype=dtype)
-    _library(variant, bits).dequantize(tuple(shape), codes, scale, zero, table, (start, stop), out)
+    library(variant, bits).dequantize(tuple(shape), codes, scale, zero, table, (start, stop), out)
     return out
 
 
@@ -215,7 +215,7 @@ def _gather_packed(
     variant: str,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    return _library(variant, bits).gather(rows, tuple(shape), codes, scale, zero, table, dtype)
+    return library(variant, bits).gather(rows, tuple(shape), codes, scale, zero, table, dtype)
 
 
 torch.library.define("trifold::packed_linear", f"(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
