@@ -1,6 +1,6 @@
 """Decoding of a random model of TinyLlama's shape, packed and dense in bfloat16, in one run.
 
-    python benchmarks/decode.py [--folder DIR] [--bits 4] [--layers 22] [--threads N]
+    python benchmarks/decode.py [--folder DIR] [--bits 4] [--symmetric] [--layers 22] [--threads N]
 
 Hidden size 2048, 5632 inside the MLP, 22 blocks, a vocabulary of 32000 with an untied head that stays dense. The
 packed checkpoint has random codes in groups of 128, since only speed and memory are of interest. Loading runs in a
@@ -34,7 +34,7 @@ print(json.dumps({"load": loaded, "load_and_first_token": status("VmHWM") - befo
 """
 
 
-def make(folder: Path, layers: int, bits: int | None) -> None:
+def make(folder: Path, layers: int, bits: int | None, symmetric: bool = False) -> None:
     """A random model, dense or with packed blocks."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,7 +45,7 @@ def make(folder: Path, layers: int, bits: int | None) -> None:
     config = LlamaConfig(num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16", **TINYLLAMA)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    scheme = {"format": "int", "bits": bits, "group_size": 128, "symmetric": False, "scale_dtype": "bfloat16"}
+    scheme = {"format": "int", "bits": bits, "group_size": 128, "symmetric": symmetric, "scale_dtype": "bfloat16"}
     linears = {n: m for n, m in model.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)}
     modules = {name: {**scheme, "shape": list(m.weight.shape)} for name, m in linears.items()} if bits else {}
     replace_modules(model, modules)
@@ -85,15 +85,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the two models are made, or lie already")
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--symmetric", action="store_true", help="without zero-points")
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--prepare", action="store_true", help="make the models and stop")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        dense, packed = folder / "dense", folder / f"w{args.bits}"
+        dense, packed = folder / "dense", folder / f"w{args.bits}{'-symmetric' if args.symmetric else ''}"
         for path, bits in ((dense, None), (packed, args.bits)):
             if not path.exists():
-                make(path, args.layers, bits)
+                make(path, args.layers, bits, args.symmetric)
         trifold = (sys.executable, "-m", "trifold")
         if args.prepare:
             return
@@ -113,13 +114,17 @@ def main() -> None:
     here = machine()
     head = ("batch", "prefill", "prefill, dense", "decoding", "decoding, dense", "decoding, ratio")
     text = (
-        f"# Decoding\n\nA random model of TinyLlama's shape, {args.layers} blocks, W{args.bits}, {result['threads']} "
+        f"# Decoding\n\nA random model of TinyLlama's shape, {args.layers} blocks, W{args.bits} {'symmetric' if args.symmetric else 'with zero-points'}, {result['threads']} "
         f"threads, {here['cpu']} ({here['capability']}). Tokens per second.\n\n{markdown(head, rows)}\n"
         f"Weights: {ours['weight_bytes'] / 1e9:.3f} GB packed, {theirs['weight_bytes'] / 1e9:.3f} GB dense. "
         f"Loading the packed checkpoint of {size / 1e9:.3f} GB raises memory by {memory['load'] / 1e9:.3f} GB at its "
         f"peak, with the first token by {memory['load_and_first_token'] / 1e9:.3f} GB.\n"
     )
-    save("decode", {"machine": here, "memory": {**memory, "checkpoint": size}, **result}, text)
+    save(
+        "decode-symmetric" if args.symmetric else "decode",
+        {"machine": here, "memory": {**memory, "checkpoint": size}, **result},
+        text,
+    )
     print(text)
 
 
