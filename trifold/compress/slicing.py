@@ -45,6 +45,7 @@ def cuts(plan: Plan) -> bool:
     return any(method.cuts for _, method, _ in plan.rewrites)
 
 
+@torch.no_grad()
 def survey(walk: Walk) -> dict[str, Any]:
     """Step -> the carry that enters the first block, of the methods that cut. One pass over the dense blocks; the
     walk's hidden states stay as they are. Raises RecipeError if a budget cannot be met."""

@@ -16,7 +16,8 @@ Part = Literal["q", "k", "v"]
 class Attention:
     """module: the attention; q, k, v, o: its projections, relative to it; one name for all three if they are rows of
     one linear, in this order. rotary: whether queries and keys are rotated in pairs (i, i + head_dim / 2). norms:
-    normalisations of each query and key head, before the rotation. heads, kv_heads, head_dim: of the config."""
+    normalisations of each query and key head, before the rotation. grouped: whether query heads may share a key head.
+    heads, kv_heads, head_dim: of the config."""
 
     module: str = "self_attn"
     q: str = "q_proj"
@@ -25,6 +26,7 @@ class Attention:
     o: str = "o_proj"
     rotary: bool = True
     norms: tuple[str, ...] = ()
+    grouped: bool = True
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
@@ -82,7 +84,8 @@ _NORMED = Dimensions(Attention(norms=("q_norm", "k_norm")), _MLP)
 _NO_GATE = FeedForward(gate=None)
 _FUSED_MLP = FeedForward("mlp.gate_up_proj", gate="mlp.gate_up_proj")
 _GPT_MLP = FeedForward("mlp.c_fc", "mlp.c_proj", None)
-_OPT = Attention(o="out_proj", rotary=False)
+_OPT = Attention(o="out_proj", rotary=False, grouped=False)
+_GPT2 = Attention("attn", "c_attn", "c_attn", "c_attn", "c_proj", rotary=False, grouped=False)
 _OPT_MLP = FeedForward("fc1", "fc2", None)
 _NEOX_MLP = FeedForward("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", None)
 _ONLY_MLP = Dimensions(None, _MLP)
@@ -102,7 +105,7 @@ DIMENSIONS: dict[str, Dimensions] = {
     "gemma3_text": _NORMED,
     "glm": Dimensions(None, _FUSED_MLP),
     "glm4": Dimensions(None, _FUSED_MLP),
-    "gpt2": Dimensions(Attention("attn", "c_attn", "c_attn", "c_attn", "c_proj", rotary=False), _GPT_MLP),
+    "gpt2": Dimensions(_GPT2, _GPT_MLP),
     "gpt_neo": Dimensions(None, _GPT_MLP),
     "gpt_neox": Dimensions(None, _NEOX_MLP),
     "gptj": Dimensions(None, FeedForward("mlp.fc_in", "mlp.fc_out", None)),
@@ -135,6 +138,6 @@ def dimensions_of(config: Any) -> Dimensions:
     if known.attention is None:
         return known
     heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = (known.attention.grouped and getattr(config, "num_key_value_heads", None)) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return replace(known, attention=replace(known.attention, heads=heads, kv_heads=kv_heads, head_dim=head_dim))
