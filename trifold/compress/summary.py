@@ -102,7 +102,7 @@ def _with_slices(
             found[name] |= {"error": None, "error_of": None}
             continue
         count, size = others.get(f"{name}.weight", (1, 0))
-        dense = {"format": "dense", "describe": f"{8 * size // count} bits", "shape": entry["shape"], "bytes": size}
+        dense = {"format": "dense", "describe": f"{8 * size // count}-bit floats", "shape": entry["shape"], "bytes": size}
         layer = layers.get(name) or dense | {k: errors.get(name, {}).get(k) for k in ("error", "error_of")}
         of = math.prod(entry["of"])
         if entry["shape"] != entry["of"]:

@@ -98,7 +98,7 @@ DIMENSIONS: dict[str, Dimensions] = {
     "cohere2": _ONLY_MLP,
     "cwm": _LLAMA,
     "ernie4_5": _ONLY_MLP,
-    "exaone4": _NORMED,
+    "exaone4": _ONLY_MLP,
     "falcon": Dimensions(None, _NEOX_MLP),
     "gemma": _LLAMA,
     "gemma2": _LLAMA,

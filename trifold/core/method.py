@@ -207,6 +207,11 @@ class BlockMethod(Method, ABC):
 
     cuts: ClassVar[bool] = False
 
+    @property
+    def kept(self) -> float:
+        """Share of the weights that is left of the linears it is given."""
+        return 1.0
+
     def survey(self, context: BlockContext, influence: float) -> Any:
         """What the division of a budget wants to know of a dense block, as JSON; asked of a method that cuts.
 

@@ -34,7 +34,8 @@ class SlicedAttention(nn.Module):
             self.add_module(name, child)
         self.layout, self.qk_dim, self.v_dim = layout, qk_dim, v_dim
         self.num_key_value_groups = layout.groups
-        cut = layout.rotary and qk_dim < layout.head_dim
+        self.rotates = layout.rotary and bool(getattr(own, "use_rope", True))  # some blocks do without
+        cut = self.rotates and qk_dim < layout.head_dim
         index = torch.zeros(layout.kv_heads, qk_dim // 2, dtype=torch.int16) if cut else None
         self.register_buffer("rotary_index", index)
         self._eager = getattr(sys.modules[type(own).__module__], "eager_attention_forward", None)
@@ -56,7 +57,7 @@ class SlicedAttention(nn.Module):
         q, k, v = self._projected(hidden_states)
         if self.layout.norms:
             q, k = (self.get_submodule(n)(heads) for n, heads in zip(self.layout.norms, (q, k), strict=True))
-        if self.layout.rotary:
+        if self.rotates:
             assert position_embeddings is not None
             q, k = self._turned(q, k, *position_embeddings)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))

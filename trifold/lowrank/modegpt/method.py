@@ -73,6 +73,10 @@ class MoDeGPT(BlockMethod):
                 "temperature above 0, damping not below; 0.8, 0.15 and 0.001 are usual"
             )
 
+    @property
+    def kept(self) -> float:
+        return self.keep
+
     def _cutter(self, context: BlockContext) -> Cutter:
         return Cutter(context, self.inside, self.pairs, self.values, self.damping)
 
