@@ -31,7 +31,7 @@ def _more_families(monkeypatch):
 def compress(folder, family, *more, preset="rank60-modegpt", **changes):
     model, text = save_model(folder / "model", family, **changes), write_text(folder / "calib.jsonl", lines=12)
     arguments = ("compress", model, "-r", preset, "-o", folder / "out", "--calib", text, *QUICK, *more)
-    code, stdout, stderr = trifold_cli(*arguments)
+    code, _, stderr = trifold_cli(*arguments)
     assert code == 0, stderr
     return folder / "out", stderr, arguments
 
@@ -63,9 +63,11 @@ def test_whole_heads_give_what_the_model_gives(monkeypatch, family, attention):
     mask[0, :4] = 0
     with torch.no_grad():
         wanted = model(x, attention_mask=mask).logits
-        for name, module in list(model.named_modules()):
+        for name in [name for name, _ in model.named_modules()]:
             if name.endswith("." + layout.module):
-                slice_attention(model, layout, Heads(layout.head_dim, layout.head_dim), name.removesuffix(layout.module))
+                slice_attention(
+                    model, layout, Heads(layout.head_dim, layout.head_dim), name.removesuffix(layout.module)
+                )
         found = model(x, attention_mask=mask).logits
     assert any(isinstance(module, SlicedAttention) for module in model.modules())
     assert torch.allclose(found[1], wanted[1], atol=1e-4) and torch.allclose(found[0, 4:], wanted[0, 4:], atol=1e-4)

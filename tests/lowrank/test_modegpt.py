@@ -82,7 +82,7 @@ def test_nystrom_with_little_data_and_with_features_that_never_fire():
     every = torch.arange(23)
     assert torch.equal(nystrom.refit(gram, w, every), w)
     scores = nystrom.leverage(gram)
-    assert scores[4] == pytest.approx(0.0) and 0 <= scores.min() and scores.max() <= 1
+    assert scores[4] == pytest.approx(0.0) and scores.min() >= 0 and scores.max() <= 1
     nothing = torch.zeros(23, 23, dtype=D)
     (index,) = nystrom.by_removal(nothing, w, [5])
     assert torch.equal(nystrom.refit(nothing, w, index, 1e-4), w[:, index])
@@ -268,6 +268,9 @@ def test_curves_never_lose_more_than_equal_sizes():
 
     curves = [{"mlp": options(1.0), "v": options(9.0)}, {"mlp": options(0.1), "v": options(4.0)}]
     found = shares.by_curves(curves, 240)
-    lost = {str(d): sum(c[p][d[b][p] - 1].loss for b, c in enumerate(curves) for p in c) for d in (found, [{"mlp": 6, "v": 6}] * 2)}
+    lost = {
+        str(d): sum(c[p][d[b][p] - 1].loss for b, c in enumerate(curves) for p in c)
+        for d in (found, [{"mlp": 6, "v": 6}] * 2)
+    }
     assert sum(10 * size for d in found for size in d.values()) <= 240
     assert lost[str(found)] < 0.6 * lost[str([{"mlp": 6, "v": 6}] * 2)]

@@ -156,7 +156,9 @@ class BlockCompressor:
         chosen = [name for name in self.weights if self.prefix + name in allowed]
         statistics = self._gather(chosen, (Gram, *method.gathers))
         leaders = {name: stage[0] for stage in self.runner.stages for name in stage}
-        plans = {name: self.plan.layers[self.prefix + name] for name in chosen if self.prefix + name in self.plan.layers}
+        plans = {
+            name: self.plan.layers[self.prefix + name] for name in chosen if self.prefix + name in self.plan.layers
+        }
         context = BlockContext(
             topology=topology,
             weights={name: self.weights[name].float() for name in chosen},
@@ -185,7 +187,11 @@ class BlockCompressor:
         """Report the linears that a method may have cut, and go on with those that are solved."""
         cut = [names for _, method, names in self.plan.rewrites if method.cuts]
         for linear in [name for name in self.weights if any(self.prefix + name in names for names in cut)]:
-            name, of, stored = self.prefix + linear, self.shapes[linear], self.runner.linears[linear].get_parameter("weight").data
+            name, of, stored = (
+                self.prefix + linear,
+                self.shapes[linear],
+                self.runner.linears[linear].get_parameter("weight").data,
+            )
             shape = list(weight_of(self.runner.linears[linear]).shape)
             self.done.slices[name] = {"shape": shape, "of": list(of)}
             if name in self.plan.layers:
@@ -198,7 +204,9 @@ class BlockCompressor:
                 "bits_per_weight": 8 * stored.nbytes / (of[0] * of[1]),
             }
             self.layer_done(name, self.done.report[name])
-        solved = {name: module for name, module in self.runner.linears.items() if self.prefix + name in self.plan.layers}
+        solved = {
+            name: module for name, module in self.runner.linears.items() if self.prefix + name in self.plan.layers
+        }
         if len(solved) < len(self.runner.linears):
             self.weights = {name: self.weights[name] for name in solved}
             self.runner = BlockRunner(self.module, solved, self.runner.calls, self.runner.hidden)

@@ -68,7 +68,8 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
     }
     layers: dict[str, LayerPlan] = {}
     owner: dict[str, str] = {}
-    rewrites, tuners = [], []
+    rewrites: list[tuple[str, BlockMethod, frozenset[str]]] = []
+    tuners: list[tuple[str, Tuner, frozenset[str]]] = []
     for step in recipe.steps:
         names = list(dict.fromkeys(tied.get(name, name) for name in _targets(step, inside, others, ends)))
         if not step.solves:

@@ -10,8 +10,8 @@ from typing import Any
 
 from trifold.compress.checkpoint import QUANT_METHOD, check_version
 from trifold.compress.files import shard_files
-from trifold.compress.tensor_file import stored
 from trifold.compress.slicing import Slices
+from trifold.compress.tensor_file import stored
 from trifold.core.errors import CheckpointError
 from trifold.formats import Spec, bits_per_weight, label, layout, stored_bytes
 
@@ -102,7 +102,12 @@ def _with_slices(
             found[name] |= {"error": None, "error_of": None}
             continue
         count, size = others.get(f"{name}.weight", (1, 0))
-        dense = {"format": "dense", "describe": f"{8 * size // count}-bit floats", "shape": entry["shape"], "bytes": size}
+        dense = {
+            "format": "dense",
+            "describe": f"{8 * size // count}-bit floats",
+            "shape": entry["shape"],
+            "bytes": size,
+        }
         layer = layers.get(name) or dense | {k: errors.get(name, {}).get(k) for k in ("error", "error_of")}
         of = math.prod(entry["of"])
         if entry["shape"] != entry["of"]:

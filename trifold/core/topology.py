@@ -7,7 +7,7 @@ inspection cannot know: which scale of which producer can be folded into which l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
@@ -59,7 +59,7 @@ class Topology:
 
     folds: tuple[Fold, ...] = ()
     head_dim: int = 0
-    dimensions: Dimensions = Dimensions()
+    dimensions: Dimensions = field(default_factory=Dimensions)
 
 
 def text_decoder(model: Any) -> tuple[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trifold.core.dimensions import Attention
+from trifold.core.dimensions import Attention, Part
 
 
 class SlicedAttention(nn.Module):
@@ -25,6 +25,9 @@ class SlicedAttention(nn.Module):
     """
 
     rotary_index: torch.Tensor | None
+    config: Any
+    layer_idx: int
+    resid_dropout: nn.Module
 
     def __init__(self, own: nn.Module, layout: Attention, qk_dim: int, v_dim: int) -> None:
         super().__init__()
@@ -38,7 +41,7 @@ class SlicedAttention(nn.Module):
         cut = self.rotates and qk_dim < layout.head_dim
         index = torch.zeros(layout.kv_heads, qk_dim // 2, dtype=torch.int16) if cut else None
         self.register_buffer("rotary_index", index)
-        self._eager = getattr(sys.modules[type(own).__module__], "eager_attention_forward", None)
+        self._eager: Any = getattr(sys.modules[type(own).__module__], "eager_attention_forward", None)
         self.scaling = getattr(own, "scaling", layout.head_dim**-0.5)  # of the whole heads
         self.train(own.training)
 
@@ -74,11 +77,12 @@ class SlicedAttention(nn.Module):
         """Queries, keys and values, (batch, tokens, heads, features)."""
         layout, found = self.layout, []
         rows, outputs = layout.rows(self.qk_dim, self.v_dim), dict[str, torch.Tensor]()
-        for part, heads, size in (
-            ("q", layout.heads, self.qk_dim),
-            ("k", layout.kv_heads, self.qk_dim),
-            ("v", layout.kv_heads, self.v_dim),
-        ):
+        sizes: dict[Part, tuple[int, int]] = {
+            "q": (layout.heads, self.qk_dim),
+            "k": (layout.kv_heads, self.qk_dim),
+            "v": (layout.kv_heads, self.v_dim),
+        }
+        for part, (heads, size) in sizes.items():
             name = getattr(layout, part)
             if name not in outputs:
                 outputs[name] = self.get_submodule(name)(x)
@@ -100,7 +104,9 @@ class SlicedAttention(nn.Module):
     def _dropout(self) -> float:
         if not self.training:
             return 0.0
-        found = next((getattr(self, n) for n in ("attention_dropout", "attn_dropout", "dropout") if hasattr(self, n)), 0)
+        found = next(
+            (getattr(self, n) for n in ("attention_dropout", "attn_dropout", "dropout") if hasattr(self, n)), 0
+        )
         return found.p if isinstance(found, nn.Dropout) else float(found)
 
     def _extra(self) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from typing import Any, Literal
 
 import torch
 
-from trifold.core.dimensions import Attention, FeedForward
+from trifold.core.dimensions import Attention, FeedForward, Part
 from trifold.core.method import BlockContext, Statistics
 from trifold.lowrank.modegpt import nystrom, pairs, values
 from trifold.lowrank.modegpt.shares import Dims, grain
 
 ValueScore = Literal["alone", "joint", "outputs"]
 Inside = Literal["leverage", "removal"]
+
+_PROJECTIONS: tuple[Part, ...] = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,12 @@ class Cutter:
     its linears are to be compressed."""
 
     def __init__(
-        self, context: BlockContext, inside: Inside, pair_score: pairs.PairScore, value_score: ValueScore, damping: float
+        self,
+        context: BlockContext,
+        inside: Inside,
+        pair_score: pairs.PairScore,
+        value_score: ValueScore,
+        damping: float,
     ) -> None:
         self.context, self.inside, self.damping = context, inside, damping
         self.pair_score, self.value_score = pair_score, value_score
@@ -89,7 +96,7 @@ class Cutter:
     def _statistics(self, name: str) -> Statistics:
         return self.context.statistics[self.context.inputs[name]]
 
-    def part(self, part: Literal["q", "k", "v"]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def part(self, part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias of a projection, also where it is rows of another linear."""
         a = self.attention
         assert a is not None
@@ -97,7 +104,7 @@ class Cutter:
         bias = self.context.parameters.get(f"{name}.bias")
         return self.context.weights[name][rows], None if bias is None else bias[rows]
 
-    def _head_grams(self, part: Literal["q", "k", "v"], heads: int) -> torch.Tensor:
+    def _head_grams(self, part: Part, heads: int) -> torch.Tensor:
         assert self.attention is not None
         seen = self._statistics(self.attention.name(part))
         return pairs.head_grams(*self.part(part), seen.gram, seen.total, seen.tokens, heads)
@@ -149,7 +156,7 @@ class Cutter:
             lost = values.output_error(outputs, o, wide) / energy
             yield Cut({"v": weight, name: narrow.float()}, {name: wide.float()}, lost, parameters)
 
-    def _mapped(self, part: Literal["q", "k", "v"], maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _mapped(self, part: Part, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias of a projection followed by (heads, size, head_dim) maps of its heads."""
         weight, bias = self.part(part)
         heads, size, d = maps.shape
@@ -157,13 +164,13 @@ class Cutter:
         shifted = None if bias is None else (maps @ bias.double().reshape(heads, d, 1)).reshape(-1).to(bias.dtype)
         return rows, shifted
 
-    def _joined(self, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _joined(self, parts: Mapping[Part, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Weights of projections by the names of their linears; what is not given stays."""
         a = self.attention
         assert a is not None
         if not a.fused:
-            return {a.name(part): weight for part, weight in parts.items()}  # type: ignore[arg-type]
-        return {a.name("q"): torch.cat([parts[p] if p in parts else self.part(p)[0] for p in ("q", "k", "v")])}
+            return {a.name(part): weight for part, weight in parts.items()}
+        return {a.name("q"): torch.cat([parts[p] if p in parts else self.part(p)[0] for p in _PROJECTIONS])}
 
     def assembled(self, cuts: Mapping[str, Cut]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Weights and biases of the whole attention after cuts of "qk", "v" or both."""
@@ -171,10 +178,10 @@ class Cutter:
         assert a is not None
         found = {name: weight for cut in cuts.values() for name, weight in cut.weights.items()}
         biases = {name: bias for cut in cuts.values() for name, bias in cut.parameters.items()}
-        projections = {name: found.pop(name) for name in ("q", "k", "v") if name in found}
+        projections: dict[Part, torch.Tensor] = {part: found.pop(part) for part in _PROJECTIONS if part in found}
         weights = {**self._joined(projections), **found} if projections else found
         if a.fused and biases:
-            own = {part: self.part(part)[1] for part in ("q", "k", "v")}
+            own = {part: self.part(part)[1] for part in _PROJECTIONS}
             joined = [biases.get(part, bias) for part, bias in own.items()]
             return weights, {f"{a.name('q')}.bias": torch.cat([bias for bias in joined if bias is not None])}
         return weights, {f"{a.name(part)}.bias": bias for part, bias in biases.items()}  # type: ignore[arg-type]

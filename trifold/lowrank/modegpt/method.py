@@ -8,6 +8,7 @@ dimensions, so nothing is added at run time and the KV cache shrinks with the he
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def _rewritten(cutter: Cutter, cuts: Mapping[str, Cut], sizes: Dims, again: bool
     if "mlp" in cuts:
         assert cutter.feed_forward is not None
         weights, parameters = dict(cuts["mlp"].weights), dict(cuts["mlp"].parameters)
-        events = dict.fromkeys(weights, {"modegpt": {"error": cuts["mlp"].error}})
+        events = {name: {"modegpt": {"error": cuts["mlp"].error}} for name in weights}
     attention = {part: cut for part, cut in cuts.items() if part != "mlp"}
     if attention:
         a = cutter.attention
@@ -176,7 +177,7 @@ def _options(curve: Sequence[Sequence[float]], whole: int, step: int, unit: int)
     """Sizes in between lose what lies between, on a logarithmic scale; the whole one loses nothing."""
     points = sorted((int(size), max(float(loss), 1e-12)) for size, loss in curve)
     options = [Option(whole, whole * unit, 0.0)]
-    for (low, most), (high, least) in zip(points, points[1:], strict=False):
+    for (low, most), (high, least) in itertools.pairwise(points):
         for i in range(_BETWEEN):
             size = round((low + (high - low) * i / _BETWEEN) / step) * step
             loss = math.exp(math.log(most) + (math.log(least) - math.log(most)) * (size - low) / (high - low))

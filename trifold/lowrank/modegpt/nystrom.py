@@ -46,7 +46,8 @@ def leverage(gram: torch.Tensor, ridge: float = 1e-2) -> torch.Tensor:
 
 
 def refit(gram: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
-    """(out, k) float64: the weight on the kept inputs that comes closest to W on all, argmin tr((W - W'P) C (W - W'P)ᵀ).
+    """(out, k) float64: the weight on the kept inputs that comes closest to W on all of them: least
+    tr((W - W'P) C (W - W'P)ᵀ).
 
     gram: (n, n) float64. weight: (out, n). index: (k,) int64. damping: a ridge on how far W' is from W[:, J], as a
     multiple of the mean of diag(C); features without data so keep their weights.

@@ -90,7 +90,9 @@ def fitted(
         if spent == before:
             raise RecipeError("less is left to keep than the least that the blocks can be cut to; keep more")
     for block, part in places * 2:
-        size = min(found[block][part] // steps[block][part] * steps[block][part] + steps[block][part], whole[block][part])
+        size = min(
+            found[block][part] // steps[block][part] * steps[block][part] + steps[block][part], whole[block][part]
+        )
         more = (size - found[block][part]) * unit[block][part]
         if 0 < more <= budget - spent:
             found[block][part], spent = size, spent + more

@@ -40,7 +40,7 @@ def value_bases(
 
 def narrowed(output: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
     """(out, heads * keep): what reads the kept values, W_O S for each query head. bases: (kv heads, d, keep)."""
-    kv_heads, d, keep = bases.shape
+    kv_heads, d, _ = bases.shape
     blocks = output.double().reshape(len(output), kv_heads, -1, d)
     return (blocks @ bases).reshape(len(output), -1)
 
