@@ -139,6 +139,26 @@ def test_generation_with_a_cache_of_the_reduced_size(tmp_path, family, attention
     assert cache.layers[0].keys.shape[-1] == heads.qk_dim and cache.layers[0].values.shape[-1] == heads.v_dim
 
 
+def test_flash_attention_is_given_heads_of_one_size(tmp_path):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def like_flash(module, q, k, v, *more, **settings):
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+        return sdpa_attention_forward(module, q, k, v, *more, **settings)
+
+    out, _, _ = compress(tmp_path, "llama")
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    ALL_ATTENTION_FUNCTIONS.register("like_flash", like_flash)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("like_flash", sdpa_mask)
+    with torch.no_grad():
+        wanted = model(ids()).logits
+        model.set_attn_implementation("like_flash")
+        assert any(m.qk_dim != m.v_dim for m in model.modules() if isinstance(m, SlicedAttention))
+        assert torch.allclose(model(ids()).logits, wanted, atol=1e-5)
+
+
 # -- the pipeline ------------------------------------------------------------------------------------------
 
 

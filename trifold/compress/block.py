@@ -187,15 +187,11 @@ class BlockCompressor:
         """Report the linears that a method may have cut, and go on with those that are solved."""
         cut = [names for _, method, names in self.plan.rewrites if method.cuts]
         for linear in [name for name in self.weights if any(self.prefix + name in names for names in cut)]:
-            name, of, stored = (
-                self.prefix + linear,
-                self.shapes[linear],
-                self.runner.linears[linear].get_parameter("weight").data,
-            )
-            shape = list(weight_of(self.runner.linears[linear]).shape)
-            self.done.slices[name] = {"shape": shape, "of": list(of)}
+            name, of, module = self.prefix + linear, self.shapes[linear], self.runner.linears[linear]
+            self.done.slices[name] = {"shape": list(weight_of(module).shape), "of": list(of)}
             if name in self.plan.layers:
                 continue
+            stored = module.get_parameter("weight").data
             self.done.digests[name] = digest({"weight": stored})
             errors = [event["error"] for event in self.events.get(linear, {}).values() if "error" in event]
             self.done.report[name] = {

@@ -60,29 +60,31 @@ def survey(walk: Walk) -> dict[str, Any]:
         prefix = f"{source.blocks}.{index}."
         block = source.open_block(index)
         wanted = {name.removeprefix(prefix) for _, _, names in methods for name in names if name.startswith(prefix)}
+        if any(c[index].skipped for c in calls):
+            wanted = set()
         targets = {name: module for name, module in linears(block).items() if name in wanted}
         runner = BlockRunner(block, targets, [c[index] for c in calls], hidden)
         compressor = BlockCompressor(block, prefix, job.plan, runner, job.observed, job.report.layer)
-        dimensions, why = _possible(block, job.topology.dimensions, runner, source.dtype)
+        dimensions, why = (
+            _possible(block, job.topology.dimensions, runner, source.dtype) if wanted else (Dimensions(), [])
+        )
         for reason in why:
             uncut.setdefault(reason, []).append(str(index))
         contexts = [
             compressor.context(method, names, replace(job.topology, dimensions=dimensions))[0]
             for _, method, names in methods
         ]
-        held, alike, tokens = [h.clone() for h in hidden[:1]], 0.0, 0
-        for batch in range(len(hidden)):
+        after, alike, tokens = hidden[0], 0.0, 0
+        for batch in reversed(range(len(hidden))):  # the first one's own inputs are wanted below
             before = hidden[batch].float()
             after = runner.calls[batch].run(block, hidden[batch])
             cosine = torch.cosine_similarity(before, after.float(), dim=-1)
             alike, tokens = alike + float(cosine.double().sum()), tokens + cosine.numel()
             if batch:
                 hidden[batch].copy_(after)
-            else:
-                held.append(after)
         for (step, method, _), context in zip(methods, contexts, strict=True):
             found[step].append(method.survey(context, 1 - alike / tokens))
-        hidden[0].copy_(held[1])
+        hidden[0].copy_(after)
         source.close_block(index)
     for reason, blocks in uncut.items():
         which = "" if len(blocks) == source.block_count else f" (blocks {', '.join(blocks)})"

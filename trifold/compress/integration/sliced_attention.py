@@ -2,7 +2,7 @@
 
 One forward for all architectures whose attention is: project, normalise heads if so, rotate, attend, project. What a
 model's own module says of its scaling, window, soft cap and dropout is taken over as it is. The cache holds keys and
-values of the reduced sizes.
+values of the reduced sizes; FlashAttention, which wants one size, is given zeros beside them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from trifold.core.dimensions import Attention, Part
 
@@ -67,10 +68,12 @@ class SlicedAttention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self._eager)
+        if "flash" in (self.config._attn_implementation or "") and self.qk_dim != self.v_dim:
+            q, k, v = (pad(heads, (0, max(self.qk_dim, self.v_dim) - heads.shape[-1])) for heads in (q, k, v))
         out, weights = attend(
             self, q, k, v, attention_mask, dropout=self._dropout(), scaling=self.scaling, **self._extra(), **kwargs
         )
-        out = self.get_submodule(self.layout.o)(out.reshape(*shape, -1).contiguous())
+        out = self.get_submodule(self.layout.o)(out[..., : self.v_dim].reshape(*shape, -1).contiguous())
         return (self.resid_dropout(out) if hasattr(self, "resid_dropout") else out), weights
 
     def _projected(self, x: torch.Tensor) -> list[torch.Tensor]:
