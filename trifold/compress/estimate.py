@@ -23,6 +23,8 @@ from trifold.core.topology import find_blocks
 from trifold.formats import Spec, describe, stored_bytes
 from trifold.kernels import unstack
 
+_CUT_NOTICE = ("which dimensions become how small follows from calibration text; only the sum is certain",)
+
 
 @dataclass(frozen=True)
 class Component:
@@ -111,9 +113,9 @@ def _estimate(model: Any, plan: Plan, blocks: str) -> Estimate:
     return Estimate(
         parameters=sum(entry[0] for entry in found.values()),
         blocks=len(model.get_submodule(blocks)),
-        layers=len(specs),
+        layers=len(specs) + len(slices),
         components={name: Component(*entry) for name, entry in found.items()},
-        notices=(*plan.notices, *tower_notice(model)),
+        notices=(*plan.notices, *tower_notice(model), *(_CUT_NOTICE if slices else ())),
         **totals(specs, {n: (count, cut.get(n, size)) for n, (count, size) in other.items()}, item, slices),
     )
 
