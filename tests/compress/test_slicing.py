@@ -216,8 +216,6 @@ def test_a_run_that_is_broken_off_goes_on_to_the_same_bytes(monkeypatch, tmp_pat
     monkeypatch.setattr(journal.Journal, "write_block", broken)
     assert trifold_cli(*arguments)[0] == 130
     monkeypatch.undo()
-    for name, config in MORE.items():
-        monkeypatch.setitem(FAMILIES, name, config)
     code, _, stderr = trifold_cli(*arguments)
     assert code == 0 and "going on after block 2" in stderr
     assert {name: data for name, data in contents(out).items() if name != "report.json"} == whole

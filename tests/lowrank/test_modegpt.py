@@ -267,10 +267,10 @@ def test_curves_never_lose_more_than_equal_sizes():
         return [Option(size, size * 10, scale * (10 - size) ** 2) for size in range(1, 11)]
 
     curves = [{"mlp": options(1.0), "v": options(9.0)}, {"mlp": options(0.1), "v": options(4.0)}]
+
+    def lost(dims):
+        return sum(curves[b][part][size - 1].loss for b, sizes in enumerate(dims) for part, size in sizes.items())
+
     found = shares.by_curves(curves, 240)
-    lost = {
-        str(d): sum(c[p][d[b][p] - 1].loss for b, c in enumerate(curves) for p in c)
-        for d in (found, [{"mlp": 6, "v": 6}] * 2)
-    }
-    assert sum(10 * size for d in found for size in d.values()) <= 240
-    assert lost[str(found)] < 0.6 * lost[str([{"mlp": 6, "v": 6}] * 2)]
+    assert sum(10 * size for sizes in found for size in sizes.values()) <= 240
+    assert lost(found) < 0.6 * lost([{"mlp": 6, "v": 6}] * 2)

@@ -60,8 +60,7 @@ class Cutter:
         """The sizes that can be cut. Queries and keys with a norm of their own cannot: it divides by all features."""
         found: Dims = {}
         if self.attention:
-            found = {"v": self.attention.head_dim} if self.attention.norms else dict.fromkeys(("qk", "v"), 0)
-            found = dict.fromkeys(found, self.attention.head_dim)
+            found = dict.fromkeys(("v",) if self.attention.norms else ("qk", "v"), self.attention.head_dim)
         if self.feed_forward:
             found["mlp"] = self.context.weights[self.feed_forward.down].shape[1]
         return found
