@@ -15,6 +15,7 @@ from trifold.core.errors import RecipeError
 from trifold.core.inputs import InputScheme
 from trifold.core.method import METHODS
 from trifold.core.scheme import Scheme
+from trifold.lowrank import MoDeGPT
 from trifold.quantizers.gptq import GPTQ
 from trifold.quantizers.rtn import RTN
 from trifold.sparsity import GQSA, SparseGPT, Wanda
@@ -111,9 +112,10 @@ GROUPS = {"a8": "channel", "channel": "channel", "fp8": "channel", "nf4": 64, "f
 
 
 SPARSE = [name for name in preset_names() if re.search(r"\bs\d\d\b", name)]
+CUT = [name for name in preset_names() if "modegpt" in name]
 
 
-@pytest.mark.parametrize("name", sorted({*preset_names()} - {*SPARSE}))
+@pytest.mark.parametrize("name", sorted({*preset_names()} - {*SPARSE, *CUT}))
 def test_listed_presets_are_recipes(name):
     recipe = Recipe.load(name)
     assert recipe.name == name
@@ -129,6 +131,13 @@ def test_listed_presets_are_recipes(name):
     assert last.scheme.group_size == group
     needs = any(METHODS.get(step.method).needs for step in recipe.steps) or "static" in name
     assert recipe.data_free is not needs
+
+
+def test_presets_with_smaller_dimensions():
+    assert set(CUT) == {"rank80-modegpt", "rank60-modegpt", "rank80-modegpt-published"}
+    (ours,), (published,) = Recipe.load("rank60-modegpt").steps, Recipe.load("rank80-modegpt-published").steps
+    assert ours.build() == MoDeGPT(keep=0.6) and not ours.solves and ours.wants_text
+    assert published.build() == MoDeGPT(0.8, "influence", "leverage", "diagonal", "alone", False, damping=1e-6)
 
 
 def test_presets_with_fewer_weights():

@@ -49,7 +49,7 @@ def _table(checkpoint: Path, summary: dict[str, Any]) -> Table:
             name,
             layer["describe"],
             "x".join(map(str, layer["shape"])),
-            f"{layer['bits_per_weight']:.3f}",
+            "-" if layer["bits_per_weight"] is None else f"{layer['bits_per_weight']:.3f}",
             size(layer["bytes"]),
             "-" if layer["error"] is None else f"{layer['error']:.2e}",
         )

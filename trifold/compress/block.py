@@ -18,10 +18,11 @@ from trifold.compress.experts import ExpertTokens
 from trifold.compress.memory import free_bytes
 from trifold.compress.plan import LayerPlan, Plan
 from trifold.compress.runner import BlockRunner
+from trifold.compress.slicing import Slices, slice_attention
 from trifold.core.canonical import Canonical, with_rounded_input
 from trifold.core.errors import CheckpointError
 from trifold.core.linears import set_weight, weight_of
-from trifold.core.method import BlockContext, Bounds, LayerProblem, LayerSolution, Rewrite, Statistics
+from trifold.core.method import BlockContext, BlockMethod, Bounds, LayerProblem, LayerSolution, Rewrite, Statistics
 from trifold.core.obs import NotFiniteError, relative_error
 from trifold.core.product import product
 from trifold.core.scheme import Scheme
@@ -39,19 +40,28 @@ class Compressed:
     """What is known of finished layers, by full name.
 
     tensors: as stored. modules: specs for the checkpoint's config. report: error, bits, events per layer.
-    digests: SHA-256 of the stored tensors of each layer.
+    digests: SHA-256 of the stored tensors of each layer. slices: what has other dimensions than the model's config
+    says (`slicing.py`).
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     modules: dict[str, Spec] = field(default_factory=dict)
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    slices: Slices = field(default_factory=dict)
 
-    def note(self, modules: Mapping[str, Spec], report: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    def note(
+        self,
+        modules: Mapping[str, Spec],
+        report: Mapping[str, Any],
+        digests: Mapping[str, str],
+        slices: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
         """Take over what is known of other layers, without their tensors."""
         self.modules.update(modules)
         self.report.update(report)
         self.digests.update(digests)
+        self.slices.update(slices or {})
 
     def add(self, name: str, canonical: Canonical) -> None:
         """Pack a layer's decision."""
@@ -109,6 +119,7 @@ class BlockCompressor:
         self.module, self.prefix, self.plan, self.runner = module, prefix, plan, runner
         self.observed, self.layer_done = observed, layer_done
         self.weights = {name: weight_of(m) for name, m in runner.linears.items()}  # modules get new ones
+        self.shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
         self.seen: dict[str, Seen] = {}  # by stage leader, where an earlier pass gathered it
         self.bounds: dict[str, Bounds] = {}
         self.events: dict[str, dict[str, Any]] = {}
@@ -128,21 +139,73 @@ class BlockCompressor:
     def rewrite(self, topology: Topology, carries: dict[str, Any]) -> None:
         """Run the recipe's block methods. carries: what each passed on from the block before."""
         for step, method, allowed in self.plan.rewrites:
-            chosen = [name for name in self.weights if self.prefix + name in allowed]
-            statistics = self._gather(chosen, (Gram, *method.gathers))
-            leaders = {name: stage[0] for stage in self.runner.stages for name in stage}
-            context = BlockContext(
-                topology=topology,
-                weights={name: self.weights[name].float() for name in chosen},
-                parameters=self._parameters(),
-                inputs={name: leaders[name] for name in chosen},
-                statistics={leaders[name]: statistics[leaders[name]] for name in chosen},
-                schemes=self._schemes(chosen),
-                replay=self._replay,
-                roundings={name: plan.input for name in chosen if (plan := self.layer_plan(name)).input is not None},
-            )
-            change, carries[step] = method.rewrite(context, carries.get(step))
-            self._apply(change, {leader: Seen.of(s) for leader, s in statistics.items()}, leaders)
+            again = True
+            while again:
+                context, leaders = self.context(method, allowed, topology)
+                change, carries[step] = method.rewrite(context, carries.get(step))
+                self._apply(change, {leader: Seen.of(s) for leader, s in context.statistics.items()}, leaders)
+                if method.cuts:
+                    self._cut(change, topology)
+                again = change.again
+        self._note_sizes()
+
+    def context(
+        self, method: BlockMethod, allowed: Container[str], topology: Topology
+    ) -> tuple[BlockContext, dict[str, str]]:
+        """What a block method is handed, with the statistics that it needs, and the leader of each linear's stage."""
+        chosen = [name for name in self.weights if self.prefix + name in allowed]
+        statistics = self._gather(chosen, (Gram, *method.gathers))
+        leaders = {name: stage[0] for stage in self.runner.stages for name in stage}
+        plans = {
+            name: self.plan.layers[self.prefix + name] for name in chosen if self.prefix + name in self.plan.layers
+        }
+        context = BlockContext(
+            topology=topology,
+            weights={name: self.weights[name].float() for name in chosen},
+            parameters=self._parameters(),
+            inputs={name: leaders[name] for name in chosen},
+            statistics={leaders[name]: statistics[leaders[name]] for name in chosen},
+            schemes={name: plan.scheme for name, plan in plans.items() if plan.scheme is not None},
+            replay=self._replay,
+            roundings={name: plan.input for name, plan in plans.items() if plan.input is not None},
+        )
+        return context, leaders
+
+    def _cut(self, change: Rewrite, topology: Topology) -> None:
+        """Give the attention the heads that a method left, and find out anew how the block runs."""
+        layout = topology.dimensions.attention
+        if change.heads is not None and layout is not None:
+            sliced = slice_attention(self.module, layout, change.heads)
+            name, index = self.prefix + layout.module, sliced.rotary_index
+            sizes = {"qk_dim": sliced.qk_dim, "v_dim": sliced.v_dim, "head_dim": layout.head_dim}
+            self.done.slices[name] = sizes
+            self.done.digests[name] = digest({} if index is None else {"rotary_index": index})
+        self.runner = BlockRunner(self.module, self.runner.linears, self.runner.calls, self.runner.hidden)
+        self.seen = {}
+
+    def _note_sizes(self) -> None:
+        """Report the linears that a method may have cut, and go on with those that are solved."""
+        cut = [names for _, method, names in self.plan.rewrites if method.cuts]
+        for linear in [name for name in self.weights if any(self.prefix + name in names for names in cut)]:
+            name, of, module = self.prefix + linear, self.shapes[linear], self.runner.linears[linear]
+            self.done.slices[name] = {"shape": list(weight_of(module).shape), "of": list(of)}
+            if name in self.plan.layers:
+                continue
+            stored = module.get_parameter("weight").data
+            self.done.digests[name] = digest({"weight": stored})
+            errors = [event["error"] for event in self.events.get(linear, {}).values() if "error" in event]
+            self.done.report[name] = {
+                "error": max(errors, default=0.0),
+                "error_of": "output",
+                "bits_per_weight": 8 * stored.nbytes / (of[0] * of[1]),
+            }
+            self.layer_done(name, self.done.report[name])
+        solved = {
+            name: module for name, module in self.runner.linears.items() if self.prefix + name in self.plan.layers
+        }
+        if len(solved) < len(self.runner.linears):
+            self.weights = {name: self.weights[name] for name in solved}
+            self.runner = BlockRunner(self.module, solved, self.runner.calls, self.runner.hidden)
 
     def _gather(self, names: Sequence[str], kinds: Sequence[type[Statistic]]) -> dict[str, Statistics]:
         """One pass over the batches for the stages that hold these linears, by stage leader.

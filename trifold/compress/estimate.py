@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ from trifold.compress.files import float_dtype, model_folder
 from trifold.compress.folder import causal_config, meta_model
 from trifold.compress.plan import LayerPlan, Plan, make_plan
 from trifold.compress.recipe import Recipe
+from trifold.compress.slicing import Slices, check_known
 from trifold.compress.source import tower_notice
 from trifold.compress.summary import totals
+from trifold.core.dimensions import dimensions_of
 from trifold.core.errors import RecipeError
 from trifold.core.topology import find_blocks
 from trifold.formats import Spec, describe, stored_bytes
 from trifold.kernels import unstack
+
+_CUT_NOTICE = ("which dimensions become how small follows from calibration text; only the sum is certain",)
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,9 @@ def estimate_model(
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     skeleton = meta_model(config, stored if dtype == "auto" else float_dtype(dtype), path, trust_remote_code)
     blocks = find_blocks(skeleton)
-    return _estimate(skeleton, make_plan(recipe, skeleton, blocks), blocks)
+    plan, text = make_plan(recipe, skeleton, blocks), config.get_text_config()
+    check_known({step: method for step, method, _ in plan.rewrites}, dimensions_of(text), text.model_type)
+    return _estimate(skeleton, plan, blocks)
 
 
 def _estimate(model: Any, plan: Plan, blocks: str) -> Estimate:
@@ -90,6 +97,7 @@ def _estimate(model: Any, plan: Plan, blocks: str) -> Estimate:
         for name, tensor in model.state_dict().items()
         if name not in tied and name.removesuffix(".weight") not in specs
     }
+    slices, cut = _cut(plan, other)
     item, found = model.dtype.itemsize, defaultdict[str, list[int]](lambda: [0, 0, 0])
 
     def add(name: str, parameters: int, dense: int, packed: int) -> None:
@@ -98,18 +106,30 @@ def _estimate(model: Any, plan: Plan, blocks: str) -> Estimate:
             entry[place] += value
 
     for name, (count, size) in other.items():
-        add(name, count, size, size)
+        add(name, count, size, cut.get(name, size))
     for name, spec in specs.items():
         count = spec["shape"][0] * spec["shape"][1]
         add(name, count, count * item, stored_bytes(spec))
     return Estimate(
         parameters=sum(entry[0] for entry in found.values()),
         blocks=len(model.get_submodule(blocks)),
-        layers=len(specs),
+        layers=len(specs) + len(slices),
         components={name: Component(*entry) for name, entry in found.items()},
-        notices=(*plan.notices, *tower_notice(model)),
-        **totals(specs, other, item),
+        notices=(*plan.notices, *tower_notice(model), *(_CUT_NOTICE if slices else ())),
+        **totals(specs, {n: (count, cut.get(n, size)) for n, (count, size) in other.items()}, item, slices),
     )
+
+
+def _cut(plan: Plan, other: Mapping[str, tuple[int, int]]) -> tuple[Slices, dict[str, int]]:
+    """Linears whose dimensions a step makes smaller, and the bytes of their weights: of each alike, though only the sum
+    is certain. other: name -> (elements, bytes) of what stays dense. Raises RecipeError if another step stores them.
+    """
+    shares = {name: method.kept for _, method, names in plan.rewrites if method.cuts for name in names}
+    both = next((name for name in shares if name in plan.layers), None)
+    if both is not None:
+        raise RecipeError(f"{both}: of layers that are cut and then compressed sizes are not known before it has run")
+    slices: Slices = {name: {"shape": [], "of": [other[f"{name}.weight"][0]]} for name in shares}
+    return slices, {f"{name}.weight": int(share * other[f"{name}.weight"][1]) for name, share in shares.items()}
 
 
 def _component(name: str, blocks: str) -> str:

@@ -69,6 +69,7 @@ class Journal:
             "modules": compressed.modules,
             "report": compressed.report,
             "digests": compressed.digests,
+            "slices": compressed.slices,
             "carries": carries,
         }
         write_synced(self._json(block), json.dumps(entry, sort_keys=True).encode())

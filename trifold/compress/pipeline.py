@@ -34,6 +34,7 @@ from trifold.compress.plan import make_plan
 from trifold.compress.progress import Reporter
 from trifold.compress.proof import prove
 from trifold.compress.recipe import Recipe
+from trifold.compress.slicing import check_known, cuts, survey
 from trifold.compress.source import LiveSource, Source
 from trifold.compress.summary import summarise
 from trifold.compress.tensor_file import Entry
@@ -78,10 +79,12 @@ def prepare(
     topology = topology_of(config)
     for notice in (*source.notices, *plan.notices, *windows.notices):
         report.notice(notice)
-    if plan.rewrites and not topology.folds:
+    check_known({step: method for step, method, _ in plan.rewrites}, topology.dimensions, config.model_type)
+    scaling = [step for step, method, _ in plan.rewrites if not method.cuts]
+    if scaling and not topology.folds:
         report.notice(
             f"{config.model_type}: no folds are known for this family, so "
-            f"{', '.join(step for step, _, _ in plan.rewrites)} cannot scale anything there"
+            f"{', '.join(scaling)} cannot scale anything there"
         )
     source.check_finite()
     tokens = CALIBRATION_TOKENS.get(torch.device(source.device).type, TOKENS_PER_BATCH)
@@ -128,6 +131,10 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
             shares = journal.noted("allocation") or allocate_shares(walk)
             journal.note("allocation", shares)
             job.plan = with_shares(job.plan, shares)
+        if cuts(job.plan):
+            carries = journal.noted("survey") or survey(walk)
+            journal.note("survey", carries)
+            walk.carries.update(carries)
         if walk.shares_state:
             journal.done = 0  # blocks read what earlier ones left in memory, so none can be skipped
         if journal.done:
@@ -140,7 +147,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
             journal.write_block(index, result, [*walk.hidden, *walk.dense], walk.carries)
         for index in range(source.block_count):
             entry = journal.entry(index)
-            everything.note(entry["modules"], entry["report"], entry["digests"])
+            everything.note(entry["modules"], entry["report"], entry["digests"], entry["slices"])
         tail, logits = walk.tail()
         everything.note(tail.modules, tail.report, tail.digests)
         journal.keep("reference-logits", {"logits": logits})
@@ -190,9 +197,11 @@ def compress_live(job: Job) -> dict[str, Any]:
         with Walk(job) as walk:
             if has_budget(job.plan):
                 job.plan = with_shares(job.plan, allocate_shares(walk))
+            if cuts(job.plan):
+                walk.carries.update(survey(walk))
             for index in range(source.block_count):
                 results.append(walk.block(index))
-                everything.note(results[-1].modules, results[-1].report, results[-1].digests)
+                everything.note(results[-1].modules, results[-1].report, results[-1].digests, results[-1].slices)
                 if job.options.inplace:
                     install(source.model, results.pop())
             results.append(walk.tail()[0])
@@ -216,7 +225,8 @@ def _mark(job: Job, quantization: dict[str, Any]) -> None:
 
 
 def _quantization(job: Job, everything: Compressed) -> dict[str, Any]:
-    return {"recipe": job.recipe.to_dict(), "base_model": job.source.name, "modules": everything.modules}
+    found = {"recipe": job.recipe.to_dict(), "base_model": job.source.name, "modules": everything.modules}
+    return found | ({"slices": everything.slices} if everything.slices else {})
 
 
 def _fingerprint(job: Job) -> dict[str, Any]:

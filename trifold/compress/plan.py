@@ -68,7 +68,8 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
     }
     layers: dict[str, LayerPlan] = {}
     owner: dict[str, str] = {}
-    rewrites, tuners = [], []
+    rewrites: list[tuple[str, BlockMethod, frozenset[str]]] = []
+    tuners: list[tuple[str, Tuner, frozenset[str]]] = []
     for step in recipe.steps:
         names = list(dict.fromkeys(tied.get(name, name) for name in _targets(step, inside, others, ends)))
         if not step.solves:
@@ -85,6 +86,9 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
                 raise RecipeError(
                     f"step {step.name!r}: {owner[solved]!r} has solved {solved} before it; put {step.name!r} first"
                 )
+            cut = next((name for name, other, _ in rewrites if other.cuts), None)
+            if cut is not None:
+                raise RecipeError(f"step {step.name!r}: {cut!r} cuts dimensions before it; put {step.name!r} first")
             rewrites.append((step.name, method, frozenset(names) & frozenset(inside)))
             continue
         for name in names:
@@ -105,7 +109,10 @@ def make_plan(recipe: Recipe, model: Any, blocks: str) -> Plan:
             if plan is not None:
                 owner[name], layers[name] = step.name, plan
     ordered = {name: layers[name] for name in (*inside, *others) if name in layers}
-    if not ordered:
+    whole = next((step for step, tuner, _ in tuners if tuner.level == "model"), None)
+    if whole is not None and any(method.cuts for _, method, _ in rewrites):
+        raise RecipeError(f"step {whole!r} tunes a whole model of the original dimensions; leave it out")
+    if not ordered and not any(method.cuts for _, method, _ in rewrites):
         raise RecipeError(
             f"recipe {recipe.name!r} leaves every layer dense; add a step that quantises, or check `ignore`"
         )

@@ -6,6 +6,8 @@ each token at run time. `eN`: embeddings and head have N bits too.
 
 With fewer weights: `[wN-]sNN[-method][-recovered]`, such as `s50-wanda`, `w4-s50-gqsa` or `w4-s24`; NN is the
 percentage that goes, and 24 the pattern 2:4. Without `wN` what stays has 16 bits. `recovered`: then tuned by gradient.
+
+With smaller dimensions: `rankNN-modegpt[-published]`; NN is the percentage of the blocks' weights that stays.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import re
 from typing import Any
 
 from trifold.core.errors import RecipeError, unknown_name
+from trifold.lowrank.modegpt import PUBLISHED
 
 _FOLDS = r"-(?:rank\d\d|lr\d+|kv\d\d)"  # percent kept
 _NAME = re.compile(
@@ -24,6 +27,8 @@ _NAME = re.compile(
 _SPARSE = re.compile(
     r"(?:w(?P<weight>\d+)(?:a16)?-)?s(?P<share>\d\d)(?:-(?P<method>magnitude|wanda|sparsegpt|gqsa))?(?P<tuned>-recovered)?"
 )
+
+_DIMENSIONS = re.compile(r"rank(?P<share>\d\d)-modegpt(?P<published>-published)?")
 
 _SCALES = {"method": "awq", "options": {"clip": False}}  # the step that follows searches ranges itself
 
@@ -64,6 +69,9 @@ def preset(name: str) -> dict[str, Any]:
     """The recipe of a preset name, as plain data. Raises RecipeError naming the nearest known ones."""
     if sparse := _SPARSE.fullmatch(name):
         return {"name": name, "steps": _sparse_steps(name, sparse)}
+    if cut := _DIMENSIONS.fullmatch(name):
+        options = {"keep": int(cut["share"]) / 100, **(PUBLISHED if cut["published"] else {})}
+        return {"name": name, "steps": [{"method": "modegpt", "options": options}]}
     match = _NAME.fullmatch(name)
     if match is None:
         raise RecipeError(unknown_name("recipe", name, preset_names()))
@@ -135,4 +143,6 @@ def preset_names() -> list[str]:
     ends = ["w4a16-gptq-e8", "w4a16-gptq-e4"]
     sparse = ["s50-wanda", "s50-sparsegpt", "s24-sparsegpt", "w4-s50-gqsa", "w4-s30-gqsa", "w4-s24"]
     sparse += [f"{name}-recovered" for name in sparse]
+    cut = ["rank80-modegpt", "rank60-modegpt", "rank80-modegpt-published"]
+    names = [*names, *cut]
     return [*names, "w8a16", "w8a16-gptq", *grids, *with_gptq, *(f"w8a8{name}" for name in rounded), *ends, *sparse]

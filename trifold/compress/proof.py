@@ -91,6 +91,14 @@ def prove(folder: Path, decided: Compressed, journal: Journal, ids: torch.Tensor
 
 def _bit_equal(folder: Path, decided: Compressed) -> None:
     files = shard_files(folder)
+    for name in decided.slices.keys() - decided.modules.keys():
+        leaf = "weight" if "shape" in decided.slices[name] else "rotary_index"
+        tensors = {}
+        if f"{name}.{leaf}" in files:
+            with safe_open(files[f"{name}.{leaf}"], framework="pt") as handle:
+                tensors[leaf] = handle.get_tensor(f"{name}.{leaf}")
+        if decided.digests[name] != digest(tensors):
+            raise ProofError(f"{name}: the stored tensor is not the one that was decided; please report this")
     for name, spec in decided.modules.items():
         tensors = {}
         for leaf in layout(spec):
@@ -108,7 +116,7 @@ def _skeleton(source: Source, decided: Compressed) -> Any:
     with torch.device("meta"):
         model = type(source.model)._from_config(copy.deepcopy(source.config), dtype=source.dtype).eval()
     materialise_buffers(model, source.device)
-    replace_modules(model, decided.modules)
+    replace_modules(model, decided.modules, decided.slices)
     return model
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from trifold.compress.checkpoint import QUANT_METHOD, check_version
 from trifold.compress.files import shard_files
+from trifold.compress.slicing import Slices
 from trifold.compress.tensor_file import stored
 from trifold.core.errors import CheckpointError
 from trifold.formats import Spec, bits_per_weight, label, layout, stored_bytes
@@ -17,15 +18,24 @@ from trifold.formats import Spec, bits_per_weight, label, layout, stored_bytes
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def totals(modules: Mapping[str, Spec], other: Mapping[str, tuple[int, int]], dense_item: int) -> dict[str, Any]:
+def totals(
+    modules: Mapping[str, Spec], other: Mapping[str, tuple[int, int]], dense_item: int, slices: Slices | None = None
+) -> dict[str, Any]:
     """Sizes of a checkpoint. other: name -> (elements, bytes) of tensors that belong to no compressed layer
-    (biases among them). dense_item: bytes of a dense element.
+    (biases among them). dense_item: bytes of a dense element. slices: of these linears the elements count that they
+    had, and their weights as compressed.
 
     bits_per_weight covers the compressed linears; model_bits_per_weight every tensor; dense_bytes is what the
     dense model would take in the same dtype.
     """
+    cut = {name: entry for name, entry in (slices or {}).items() if "shape" in entry}
     packed = sum(stored_bytes(spec) for spec in modules.values())
-    weights = sum(math.prod(spec["shape"]) for spec in modules.values())
+    weights = sum(math.prod(cut[name]["of"] if name in cut else spec["shape"]) for name, spec in modules.items())
+    for name, entry in cut.items():
+        if name not in modules:
+            packed += other[f"{name}.weight"][1]
+            weights += math.prod(entry["of"])
+    other = {n: v for n, v in other.items() if n.removesuffix(".weight") not in cut}
     rest, rest_bytes = sum(n for n, _ in other.values()), sum(b for _, b in other.values())
     return {
         "bits_per_weight": 8 * packed / weights,
@@ -47,9 +57,10 @@ def live_totals(model: Any) -> dict[str, Any]:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # tied ones once
     packed = _stored_names(modules)
     other = {k: (t.numel(), t.nbytes) for k, t in tensors.items() if k in saved and k not in packed}
-    if not modules:
+    slices = getattr(quantization, "slices", {})
+    if not modules and not slices:
         return {"model_bits_per_weight": 8 * sum(b for _, b in other.values()) / sum(n for n, _ in other.values())}
-    return totals(modules, other, model.dtype.itemsize)
+    return totals(modules, other, model.dtype.itemsize, slices)
 
 
 def summarise(folder: Path) -> dict[str, Any]:
@@ -64,11 +75,45 @@ def summarise(folder: Path) -> dict[str, Any]:
     errors = _read_json(report).get("layers", {}) if report.exists() else {}
     try:
         modules = quantization["modules"]
+        slices = quantization.get("slices", {})
         layers = {name: _layer(spec, errors.get(name, {})) for name, spec in modules.items()}
+        others = _others(folder, modules)
+        layers = _with_slices(layers, slices, others, errors)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json: damaged entry in `modules` ({error!r}); copy it again") from error
     item = _DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
-    return {**totals(modules, _others(folder, modules), item), "layers": layers}
+    return {**totals(modules, others, item, slices), "layers": layers}
+
+
+def _with_slices(
+    layers: dict[str, dict[str, Any]],
+    slices: Slices,
+    others: Mapping[str, tuple[int, int]],
+    errors: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Layers in the order of the slices, each with what it was; bits are those per weight that it had."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, entry in slices.items():
+        if "shape" not in entry:
+            sizes = [entry["qk_dim"], entry["v_dim"]]
+            text = f"heads of {entry['head_dim']}: q, k {sizes[0]}, v {sizes[1]}"
+            count, size = others.get(f"{name}.rotary_index", (0, 0))
+            found[name] = {"format": "sliced", "describe": text, "shape": sizes, "bits_per_weight": None, "bytes": size}
+            found[name] |= {"error": None, "error_of": None}
+            continue
+        count, size = others.get(f"{name}.weight", (1, 0))
+        dense = {
+            "format": "dense",
+            "describe": f"{8 * size // count}-bit floats",
+            "shape": entry["shape"],
+            "bytes": size,
+        }
+        layer = layers.get(name) or dense | {k: errors.get(name, {}).get(k) for k in ("error", "error_of")}
+        of = math.prod(entry["of"])
+        if entry["shape"] != entry["of"]:
+            layer["describe"] += " of " + "x".join(map(str, entry["of"]))
+        found[name] = layer | {"bits_per_weight": 8 * layer["bytes"] / of}
+    return found | {name: layer for name, layer in layers.items() if name not in found}
 
 
 def _layer(spec: Spec, entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,7 +99,8 @@ class Walk:
         job, source = self.job, self.job.source
         prefix = f"{source.blocks}.{index}."
         block = source.open_block(index)
-        wanted = {name.removeprefix(prefix) for name in job.plan.layers if name.startswith(prefix)}
+        named = {*job.plan.layers, *(name for _, method, names in job.plan.rewrites if method.cuts for name in names)}
+        wanted = {name.removeprefix(prefix) for name in named if name.startswith(prefix)}
         if any(calls[index].skipped for calls in self.calls):
             job.report.notice(f"{prefix[:-1]}: text alone does not run this block, so it stays dense")
             wanted = set()
@@ -117,7 +118,7 @@ class Walk:
             result = compressor.solve(job.recipe.true_sequential)
             self.dense = dense.advance() if dense else []
             self._tune(compressor)
-            self.hidden = runner.advance()
+            self.hidden = compressor.runner.advance()
         for notice in compressor.experts.notices(prefix):
             job.report.notice(notice)
         compressor.experts.release()

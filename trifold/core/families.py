@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from trifold.core.dimensions import dimensions_of
 from trifold.core.topology import Fold, Rows, Topology
 
 When = tuple[tuple[str, Any], ...]
@@ -311,7 +312,7 @@ def topology_of(config: Any) -> Topology:
     config: a text model's, with `model_type`.
     """
     folds = tuple(fold for fold in FOLDS.get(config.model_type, ()) if fold.holds(config))
-    return Topology(folds, _head_dim(config))
+    return Topology(folds, _head_dim(config), dimensions_of(config))
 
 
 def _head_dim(config: Any) -> int:

@@ -30,6 +30,23 @@ def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
     """Replace the weight by an (out, in) one, cast to the parameter's dtype."""
     parameter = module.get_parameter("weight")
     parameter.data = (weight.T if is_transposed(module) else weight).to(parameter.dtype).contiguous()
+    _note_size(module, *weight.shape)
+
+
+def resize(module: nn.Module, rows: int, columns: int) -> None:
+    """Give a linear an empty weight of another size, and a bias to go with it."""
+    parameter, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+    parameter.data = parameter.data.new_empty((columns, rows) if is_transposed(module) else (rows, columns))
+    if bias is not None and len(bias) != rows:
+        bias.data = bias.data.new_empty(rows)
+    _note_size(module, rows, columns)
+
+
+def _note_size(module: nn.Module, rows: int, columns: int) -> None:
+    names = ("nf", "nx") if is_transposed(module) else ("out_features", "in_features")
+    for name, size in zip(names, (rows, columns), strict=True):
+        if hasattr(module, name):
+            setattr(module, name, size)
 
 
 def is_embedding(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from trifold.core.canonical import Canonical, Dense, Quantized
 from trifold.core.inputs import InputScheme
 from trifold.core.registry import Registry
 from trifold.core.scheme import SCALE_DTYPES, Scheme
-from trifold.core.statistics import AbsMax, AbsMean, Drift, Gram, Sample, Statistic
+from trifold.core.statistics import AbsMax, AbsMean, Drift, Gram, Mean, Sample, Statistic
 from trifold.core.topology import Topology
 
 Bounds = tuple[torch.Tensor, torch.Tensor | None]
@@ -51,6 +51,11 @@ class Statistics:
     def absmean(self) -> torch.Tensor:
         """(in,) float32."""
         return self._by_kind[AbsMean].value  # type: ignore[attr-defined]
+
+    @property
+    def total(self) -> torch.Tensor:
+        """(in,) float64, the sum over tokens."""
+        return self._by_kind[Mean].total  # type: ignore[attr-defined]
 
     @property
     def absmax(self) -> torch.Tensor | None:
@@ -117,15 +122,29 @@ class BlockContext:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """What is left of an attention's heads. qk_dim, v_dim: features of a query and key head, of a value head.
+    frequencies: (kv heads, qk_dim / 2) int64, which of the model's own turns each pair; None if none is gone."""
+
+    qk_dim: int
+    v_dim: int
+    frequencies: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Rewrite:
-    """What a block method changes. weights, parameters: new values by name. divided: linear name -> (in,), by
-    which its input is now smaller. bounds: ranges for the step that quantises. events: for the report."""
+    """What a block method changes. weights, parameters: new values by name, of other shapes if it cuts dimensions.
+    divided: linear name -> (in,), by which its input is now smaller. bounds: ranges for the step that quantises.
+    heads: what is left of the attention that the topology names. again: whether the method wants to see the block
+    once more, as it is now. events: for the report."""
 
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
     divided: Mapping[str, torch.Tensor] = field(default_factory=dict)
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
     events: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    heads: Heads | None = None
+    again: bool = False
 
 
 class Method:
@@ -183,7 +202,26 @@ class LayerMethod(Method, ABC):
 
 
 class BlockMethod(Method, ABC):
-    """Rewrites a block without changing its function. `carry` passes from one block to the next."""
+    """Rewrites a block: without changing its function, or with smaller dimensions if it `cuts`. `carry` passes from
+    one block to the next."""
+
+    cuts: ClassVar[bool] = False
+
+    @property
+    def kept(self) -> float:
+        """Share of the weights that is left of the linears it is given."""
+        return 1.0
+
+    def survey(self, context: BlockContext, influence: float) -> Any:
+        """What the division of a budget wants to know of a dense block, as JSON; asked of a method that cuts.
+
+        influence: 1 - mean cosine of what enters and leaves the block.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cuts nothing")
+
+    def begin(self, surveys: Sequence[Any]) -> Any:
+        """The carry that enters the first block, from the surveys of all. Raises RecipeError if they leave no way."""
+        raise NotImplementedError(f"{type(self).__name__} cuts nothing")
 
     @abstractmethod
     def rewrite(self, context: BlockContext, carry: Any) -> tuple[Rewrite, Any]:

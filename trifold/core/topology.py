@@ -7,11 +7,12 @@ inspection cannot know: which scale of which producer can be folded into which l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
 
+from trifold.core.dimensions import Dimensions
 from trifold.core.errors import CheckpointError
 
 Rows = Literal["all", "second half", "last", "grouped", "latent"]
@@ -54,10 +55,11 @@ class Fold:
 @dataclass(frozen=True)
 class Topology:
     """One model. folds: in the order of execution; of those, a block has the ones whose layers it has.
-    head_dim: features of one value head (0: unknown)."""
+    head_dim: features of one value head (0: unknown). dimensions: what a block can lose."""
 
     folds: tuple[Fold, ...] = ()
     head_dim: int = 0
+    dimensions: Dimensions = field(default_factory=Dimensions)
 
 
 def text_decoder(model: Any) -> tuple[str, Any]:

@@ -1,1 +1,5 @@
 """Lower rank: one file per method."""
+
+from trifold.lowrank.modegpt import MoDeGPT
+
+__all__ = ["MoDeGPT"]

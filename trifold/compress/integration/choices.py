@@ -31,7 +31,7 @@ def kernel_choices(
             model = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: no model can be built from its config ({reason(error)})") from error
-    replace_modules(model, config.quantization_config["modules"])
+    replace_modules(model, config.quantization_config["modules"], config.quantization_config.get("slices"))
     parts = {
         id(part)
         for module in model.modules()

@@ -69,7 +69,8 @@ def load_tokenizer(model: str | os.PathLike[str], **kwargs: Any) -> Any:
 def read_compressed(folder: Path) -> Compressed:
     """Every tensor and spec of one of our checkpoints."""
     config = json.loads((folder / "config.json").read_text())
-    found = Compressed(modules=config["quantization_config"]["modules"])
+    quantization = config["quantization_config"]
+    found = Compressed(modules=quantization["modules"], slices=quantization.get("slices", {}))
     for file in sorted(set(shard_files(folder).values())):
         found.tensors.update(load_file(file))
     return found

@@ -9,18 +9,22 @@ import torch
 from torch import nn
 
 from trifold.compress.block import Compressed
+from trifold.compress.integration.sliced_attention import SlicedAttention
+from trifold.compress.slicing import Slices, slice_modules
 from trifold.core.errors import CheckpointError, InputError
-from trifold.core.linears import is_embedding, is_linear, is_transposed
+from trifold.core.linears import is_embedding, is_linear, is_transposed, weight_of
 from trifold.formats import FORMATS, Spec
 from trifold.kernels import PackedEmbedding, PackedLinear, PackedModule, TiedLinear, unstack
 
 
-def replace_modules(model: nn.Module, modules: Mapping[str, Spec]) -> None:
-    """Put an empty packed module, on the device of the dense one, wherever a spec says so.
+def replace_modules(model: nn.Module, modules: Mapping[str, Spec], slices: Slices | None = None) -> None:
+    """Put an empty packed module, on the device of the dense one, wherever a spec says so; before that make smaller
+    what has other dimensions than the model's config says.
 
     Experts that a name singles out are taken from their stack. Raises CheckpointError if a name or a shape does
     not fit the model.
     """
+    slice_modules(model, slices or {})
     unstack(model, set(modules))
     for name, spec in modules.items():
         try:
@@ -81,7 +85,7 @@ def _check_known(name: str, spec: Spec) -> None:
 
 def install(model: Any, compressed: Compressed) -> None:
     """Put finished layers into a live model, with every parameter that compression rewrote."""
-    replace_modules(model, compressed.modules)
+    replace_modules(model, compressed.modules, _not_yet(model, compressed.slices))
     for name, tensor in compressed.tensors.items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -89,3 +93,13 @@ def install(model: Any, compressed: Compressed) -> None:
             module._parameters[leaf].data = tensor.to(module._parameters[leaf].device)
         else:
             setattr(module, leaf, tensor.to(module._buffers[leaf].device))
+
+
+def _not_yet(model: Any, slices: Slices) -> Slices:
+    """The slices that a live model, whose blocks may have been cut in place, does not have."""
+    return {
+        name: entry
+        for name, entry in slices.items()
+        if not isinstance(model.get_submodule(name), SlicedAttention)
+        and ("shape" not in entry or list(weight_of(model.get_submodule(name)).shape) == list(entry["of"]))
+    }

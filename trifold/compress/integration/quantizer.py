@@ -20,20 +20,29 @@ from trifold.kernels import PackedModule
 class TrifoldConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json, kept as it is. Raises CheckpointError for a newer major format."""
 
-    def __init__(self, modules: dict[str, Any] | None = None, format_version: str = FORMAT_VERSION, **rest: Any):
+    def __init__(
+        self,
+        modules: dict[str, Any] | None = None,
+        format_version: str = FORMAT_VERSION,
+        slices: dict[str, dict[str, Any]] | None = None,
+        **rest: Any,
+    ):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format_version = format_version
         self.modules = {} if modules is None else modules
+        self.slices = {} if slices is None else slices
         self.rest = {k: v for k, v in rest.items() if k != "quant_method"}
         check_version(format_version)
-        if not isinstance(self.modules, dict):
-            raise CheckpointError("config.json: `modules` is not a mapping of layers; copy the checkpoint again")
+        for name, value in (("modules", self.modules), ("slices", self.slices)):
+            if not isinstance(value, dict):
+                raise CheckpointError(f"config.json: `{name}` is not a mapping of layers; copy the checkpoint again")
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "quant_method": QUANT_METHOD,
             "format_version": self.format_version,
             "modules": self.modules,
+            **({"slices": self.slices} if self.slices else {}),
             **self.rest,
         }
 
@@ -56,7 +65,7 @@ class TrifoldQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        replace_modules(model, self.quantization_config.modules)
+        replace_modules(model, self.quantization_config.modules, self.quantization_config.slices)
         if checkpoint_files:
             _check_tensors(model, checkpoint_files)
 
