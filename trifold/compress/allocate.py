@@ -76,7 +76,10 @@ def _divide(
     shares = dict.fromkeys(layers, budget.share)
     if budget.by == "curves":
         measured = {name: curves[name] for name in layers if name in curves}
-        kept = (1 - budget.share) * sum(math.prod(layers[name].shape) for name in measured)
+        kept = budget.cost
+        if kept is None:
+            whole = (layers[name].method.full_cost(layers[name].shape, layers[name].scheme) for name in measured)
+            kept = (1 - budget.share) * sum(whole)
         return shares | allocate(measured, kept)
     prefixes = [prefix for owner, prefix in outliers if owner == step]
     if budget.by == "owl" and prefixes:
@@ -88,7 +91,9 @@ def _divide(
 
 
 def _curve(layer: LayerPlan, weight: torch.Tensor, gram: torch.Tensor) -> list[Option]:
-    budget = layer.method.budget
+    budget, known = layer.method.budget, layer.method.curve(weight, layer.scheme, gram)
+    if known is not None:
+        return known
     assert budget is not None
     low, high = max(budget.share - _SPREAD, 0.0), min(budget.share + _SPREAD, _MOST)
     options = []

@@ -25,7 +25,7 @@ from trifold.core.method import BlockContext, Bounds, LayerProblem, LayerSolutio
 from trifold.core.obs import NotFiniteError, relative_error
 from trifold.core.product import product
 from trifold.core.scheme import Scheme
-from trifold.core.statistics import AbsMax, Drift, Gram, Sample, Statistic
+from trifold.core.statistics import AbsMax, AbsMean, Drift, Gram, Mean, Sample, Statistic
 from trifold.core.topology import Topology
 from trifold.formats import Spec, bits_per_weight, describe, digest, pack, rounds_input
 
@@ -63,29 +63,35 @@ class Compressed:
 
 @dataclass(frozen=True)
 class Seen:
-    """What calibration found of one input. gram, drift: (in, in) float64. absmax: (in,) float32. sample: (tokens, in)
-    float32."""
+    """What calibration found of one input. gram, drift: (in, in) float64. absmax, absmean, mean: (in,) float32. sample:
+    (tokens, in) float32."""
 
     gram: torch.Tensor | None = None
     drift: torch.Tensor | None = None
     absmax: torch.Tensor | None = None
     sample: torch.Tensor | None = None
+    absmean: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
 
     def divided(self, divisor: torch.Tensor) -> Seen:
         """The same of the input divided by (in,)."""
         inverse = divisor.double().reciprocal()
         gram = None if self.gram is None else self.gram * inverse * inverse[:, None]
-        absmax, sample = (None if t is None else t / divisor for t in (self.absmax, self.sample))
-        return Seen(gram, None, absmax, sample)
+        others = (self.absmax, self.sample, self.absmean, self.mean)
+        return Seen(gram, None, *(None if t is None else t / divisor for t in others))
 
     def holds(self, needs: set[type[Statistic]]) -> bool:
         """Whether these statistics are among it."""
         found = {Gram: self.gram, Drift: self.drift, AbsMax: self.absmax, Sample: self.sample}
+        found |= {AbsMean: self.absmean, Mean: self.mean}
         return all(found.get(kind) is not None for kind in needs)
 
     @classmethod
     def of(cls, statistics: Statistics) -> Seen:
-        return cls(statistics.gram, statistics.drift, statistics.absmax, statistics.sample)
+        absmean = statistics.absmean if AbsMean in statistics else None
+        return cls(
+            statistics.gram, statistics.drift, statistics.absmax, statistics.sample, absmean, statistics.mean
+        )
 
 
 class BlockCompressor:
@@ -286,6 +292,8 @@ class BlockCompressor:
                 seen.drift,
                 {name: self.bounds[name] for name in names if name in self.bounds},
                 seen.sample,
+                seen.absmean,
+                seen.mean,
             )
             try:
                 solution = method.solve(problem)

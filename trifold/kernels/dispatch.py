@@ -48,6 +48,7 @@ TABLE: tuple[Row, ...] = (
     Row((*_CODES, "fp8"), "as it is", "cuda", None, planes.PlaneGemm()),
     Row(("dense",), "as it is", None, None, dense.Dense()),
     Row(("low_rank",), "as it is", None, None, dense.LowRank()),
+    Row(("identity",), "as it is", None, None, dense.Identity()),
     Row(None, "as it is", None, None, blockwise.Blockwise()),
     Row(None, "as it is", None, None, naive.Naive()),
     Row(("int",), "int", "cpu", None, torch_int8.TorchInt8()),

@@ -1,1 +1,8 @@
 """Lower rank: one file per method."""
+
+from trifold.lowrank.asvd import ASVD
+from trifold.lowrank.reduced_rank import ReducedRank
+from trifold.lowrank.svd import SVD
+from trifold.lowrank.svd_llm import SVDLLM
+
+__all__ = ["ASVD", "SVD", "SVDLLM", "ReducedRank"]
