@@ -2,7 +2,8 @@
 
 from trifold.lowrank.asvd import ASVD
 from trifold.lowrank.reduced_rank import ReducedRank
+from trifold.lowrank.residual import Residual
 from trifold.lowrank.svd import SVD
 from trifold.lowrank.svd_llm import SVDLLM
 
-__all__ = ["ASVD", "SVD", "SVDLLM", "ReducedRank"]
+__all__ = ["ASVD", "SVD", "SVDLLM", "ReducedRank", "Residual"]

@@ -19,7 +19,7 @@ from trifold.core.method import METHODS, LayerMethod, LayerProblem
 from trifold.core.scheme import SCALE_DTYPES, ScaleDtype, Scheme
 from trifold.lowrank.metric import Metric
 
-_LARGEST, _SWAPS = 4.0, 256  # of the coefficients that pivot rows may be combined with, and how many are mended
+_SWAPS = 256  # of pivot rows for others, at most
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,14 @@ class Layout:
 
     def sketch_leaf(self, rows: int, columns: int) -> Canonical:
         """One factor on the meta device, or a weight that is kept whole."""
-        if self.scheme is None:
+        if self.scheme is None or columns == 1:
             return Dense(torch.empty(rows, columns, dtype=self._dtype, device="meta"))
         return self._method("rtn").sketch((rows, columns), self.scheme)
 
     def store(self, values: torch.Tensor, gram: torch.Tensor | None) -> Canonical:
-        """A factor (rows, columns) as it is stored. gram: of what it meets; None rounds to nearest."""
-        if self.scheme is None:
+        """A factor (rows, columns) as it is stored: a single column, which no format packs, is not rounded. gram: of
+        what it meets; None rounds to nearest."""
+        if self.scheme is None or values.shape[1] == 1:
             return Dense(values.to(self._dtype))
         problem = LayerProblem({"": values.float()}, {"": self.scheme}, gram)
         return self._method("rtn" if gram is None else self.rounder).solve(problem).canonical[""]
@@ -116,11 +117,11 @@ def _refitted(target: torch.Tensor, left: torch.Tensor, stored: Canonical, metri
     return found if better else left
 
 
-def pivots(basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pivots(basis: torch.Tensor, largest: float = 4.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of an orthonormal basis (out, rank) of which the others are combinations with small coefficients.
 
     Returns their numbers (rank,) int64, rising, and the coefficients of the others, (out - rank, rank). Gaussian
-    elimination finds rows, then swaps make the volume they span larger until no coefficient is above 4.
+    elimination finds rows, then swaps make the volume they span larger until no coefficient is above `largest`.
     """
     count, rank = basis.shape
     order, _, _ = torch.linalg.lu(basis)
@@ -131,7 +132,7 @@ def pivots(basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         place = int(coefficients.abs().argmax())
         row, column = divmod(place, rank)
         pivot = coefficients[row, column].clone()
-        if abs(float(pivot)) <= _LARGEST:
+        if abs(float(pivot)) <= largest:
             break
         above, beside = coefficients[row].clone(), coefficients[:, column].clone()
         above[column] -= 1

@@ -28,7 +28,7 @@ class Metric:
     def of(cls, gram: torch.Tensor, damping: float = 0.0) -> Metric:
         """gram: (in, in). damping: multiple of mean(diag H) that is added to the diagonal; features that were never
         different from zero then count like the others. Raises NotFiniteError if it holds NaN or infinity."""
-        if not bool(torch.isfinite(gram.sum())):
+        if not bool(torch.isfinite(gram).all()):
             raise NotFiniteError("the Gram matrix of the inputs is not finite")
         return cls(damped(gram, damping) if damping else gram.double())
 
