@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import trifold
-from tests.helpers import contents, trifold_cli
+from tests.helpers import contents, make_tokenizer, trifold_cli
 from trifold.compress import journal, pipeline
 from trifold.compress.estimate import estimate_model
 from trifold.compress.recipe import Recipe
@@ -46,7 +46,8 @@ def broken_off_once(monkeypatch, command):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "opt", "gpt2"])
 def test_every_preset_is_proved_loaded_and_resumed(tmp_path, tiny, text, monkeypatch, family, preset):
     options = [word for setting in settings(preset) for word in ("--set", setting)]
-    command = ("compress", tiny(family), "-r", preset, *options, "--calib", text)
+    layers = {"n_layer" if family == "gpt2" else "num_hidden_layers": 2}
+    command = ("compress", tiny(family, **layers), "-r", preset, *options, "--calib", text)
     command = (*command, "--nsamples", "4", "--seqlen", "32", "-o", tmp_path / "out")
     code, _, stderr = broken_off_once(monkeypatch, command)
     assert code == 0, stderr
@@ -70,7 +71,9 @@ def test_the_same_bytes_again_and_in_16_bits(tmp_path, tiny, text):
     assert {k: v for k, v in one.items() if k != "report.json"} == {k: v for k, v in two.items() if k != "report.json"}
 
 
-@pytest.mark.parametrize("recipe", ["rank80-svdllm", "w3-lr02", {"rank": 8}, {"rank": 8, "pivot": False}, {"keep": 0.7}])
+@pytest.mark.parametrize(
+    "recipe", ["rank80-svdllm", "w3-lr02", {"rank": 8}, {"rank": 8, "pivot": False}, {"keep": 0.7}]
+)
 def test_the_plan_knows_the_exact_sizes(tmp_path, tiny, text, recipe):
     if isinstance(recipe, dict):
         recipe = {"steps": [{"method": "reduced_rank", "options": recipe}]}
@@ -128,6 +131,23 @@ def test_inspect_shows_ranks(tmp_path, tiny, text):
     assert shown["a"] == "rank 24 bfloat16"
     assert shown["b"] == "sum(int3 g128 asym | rank 4 (int8 g128 asym | int8 g128 asym))"
     assert shown["c"] == "rank 16 (split(16 rows identity | 32 rows bfloat16) | bfloat16)"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_centring_moves_biases_and_adds_those_that_are_missing(tmp_path, tiny, text, family):
+    step = {"method": "svd_llm", "options": {"keep": 0.6, "centre": True}}
+    report = trifold.compress(tiny(family), {"steps": [step]}, text, tmp_path / "out", **SMALL)
+    assert report["proof"]["max_abs"] <= 1e-3
+    model = trifold.load(tmp_path / "out")
+    for name, module in packed(model).items():
+        cut = "rank" in module.spec
+        assert module.spec.get("bias", False) == (cut and family != "gpt2"), name
+        assert (module.bias is not None) == (cut or family == "gpt2")
+        assert module.bias is None or (torch.isfinite(module.bias).all() and module.bias.any())
+    live = trifold.load(tiny(family))
+    trifold.compress(live, {"steps": [step]}, text, inplace=True, tokenizer=make_tokenizer(), **SMALL)
+    ids = torch.arange(2, 12)[None]
+    assert torch.allclose(live(ids).logits, model(ids).logits, atol=1e-4)
 
 
 def test_a_residual_over_sparse_weights(tmp_path, tiny, text):

@@ -48,7 +48,9 @@ def test_the_python_example_runs_and_so_does_plain_loading(tmp_path, monkeypatch
 
 
 def test_every_preset_named_exists_and_every_listed_one_is_named():
-    named = set(re.findall(r"(?<![\w-])(?:w\d+a\d+|(?:w\d+-)?s\d\d|rank\d\d|w\d-lr\d\d)(?:-[a-z][a-z0-9-]*)?\b", README))
+    named = set(
+        re.findall(r"(?<![\w-])(?:w\d+a\d+|(?:w\d+-)?s\d\d|rank\d\d|w\d-lr\d\d)(?:-[a-z][a-z0-9-]*)?\b", README)
+    )
     assert named == set(preset_names())
     for name in named:
         recipe = Recipe.load(name)

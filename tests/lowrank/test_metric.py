@@ -17,7 +17,9 @@ def whitened(weight, gram, rank):
     """The paper's form: SVD of W L with the Cholesky factor L."""
     lower = torch.linalg.cholesky(gram)
     u, s, v = torch.linalg.svd(weight.double() @ lower, full_matrices=False)
-    return torch.linalg.solve_triangular(lower, (u[:, :rank] * s[:rank]) @ v[:rank], upper=False, left=False), s.square()
+    return torch.linalg.solve_triangular(
+        lower, (u[:, :rank] * s[:rank]) @ v[:rank], upper=False, left=False
+    ), s.square()
 
 
 @pytest.mark.parametrize("rows, columns", SHAPES)
@@ -50,6 +52,26 @@ def test_any_root_gives_the_same_energies_and_no_other_weight_of_the_rank_is_bet
         left = basis + size * torch.randn(basis.shape, generator=generator, dtype=torch.float64)
         right = basis.T @ weight.double()
         assert metric.loss(weight - left @ right) > least * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("rows, columns", [(20, 32), (32, 20)])
+def test_centring_leaves_the_tail_of_the_covariance_and_is_never_worse(rows, columns):
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(columns, 200, generator=generator, dtype=torch.float64)
+    x = x + 3 * torch.randn(columns, 1, generator=generator, dtype=torch.float64)
+    weight, mean = torch.randn(rows, columns, generator=generator, dtype=torch.float64), x.mean(1)
+    metric, plain = Metric.centred(x @ x.T, mean, 200), Metric.of(x @ x.T)
+    outputs = weight @ x
+    values = torch.linalg.svdvals(outputs - outputs.mean(1, keepdim=True)).square()
+    for rank in (0, 1, 6, 15):
+        basis = metric.basis(weight, rank)
+        found = basis @ (basis.T @ weight)
+        shift = (weight - found) @ mean
+        error = float((outputs - found @ x - shift[:, None]).square().sum())
+        assert abs(error - float(values[rank:].sum())) <= 1e-9 * float(outputs.square().sum())
+        assert error < float(plain.energies(weight)[rank:].sum())
+    constant = mean[:, None].expand(columns, 5)  # nothing but a mean: rank 0 with a bias is exact
+    assert float(Metric.centred(constant @ constant.T, mean, 5).energies(weight).max()) < 1e-9
 
 
 @pytest.mark.parametrize("rows, columns", [(12, 20), (20, 12)])

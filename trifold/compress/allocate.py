@@ -6,7 +6,6 @@ wanted one, of a draft of the method; relative errors of all layers count alike,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 

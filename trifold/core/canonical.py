@@ -1,8 +1,8 @@
 """Canonical tensors: what a method decided about a weight, independent of how it is stored.
 
-Leaves are `Dense`, `Identity`, `Quantized` and `LowRank`; `Sparse`, `Chain`, `Sum` and `Split` nest them, and `RoundedInput` adds
-what happens to the activations that meet one of them. Every one knows the (out, in) shape of the weight it stands
-for, and `dequantize()` gives that weight in float32.
+Leaves are `Dense`, `Identity`, `Quantized` and `LowRank`; `Sparse`, `Chain`, `Sum` and `Split` nest them, and
+`RoundedInput` adds what happens to the activations that meet one of them. Every one knows the (out, in) shape of the
+weight it stands for, and `dequantize()` gives that weight in float32.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ class LayerProblem:
     weights: name -> (out, in) float32. schemes: name -> Scheme, for methods that quantise. gram: (in, in)
     float64 of their common input, None without calibration. drift: sum of (x_dense - x) xᵀ, if the method
     needs it. bounds: ranges that an earlier step found. sample: (tokens, in) float32, some inputs as they are,
-    if the method needs them. absmean, mean: (in,) float32, mean of |x| and of x, likewise.
+    if the method needs them. absmean, mean: (in,) float32, mean of |x| and of x, likewise. tokens: how many the Gram
+    matrix is a sum over.
     """
 
     weights: Mapping[str, torch.Tensor]
@@ -95,14 +96,17 @@ class LayerProblem:
     sample: torch.Tensor | None = None
     absmean: torch.Tensor | None = None
     mean: torch.Tensor | None = None
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
 class LayerSolution:
-    """canonical: name -> what was decided. events: name -> what a reader of the report should know."""
+    """canonical: name -> what was decided. events: name -> what a reader of the report should know. shifts: name ->
+    (out,) float32, to be added to the bias; a layer that has none gets one."""
 
     canonical: Mapping[str, Canonical]
     events: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shifts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ _LEAST = 0.05  # of its bytes, that a layer keeps in an allocation
 @dataclass(frozen=True)
 class Factorizer(LayerMethod):
     """keep: the share of its bytes that each layer keeps. global_keep: instead, the share that all layers of the step
-    keep together, divided among them by what their singular values say. max_bytes: the same, as a number of bytes. rank:
-    instead, one rank for all layers. Without any, `keep` is 0.8. What would not be smaller in factors stays whole.
-    multiple_of: ranks are divisible by it, if the layer is large enough. pivot: store rows of the weight as the right
-    factor, which saves rank² numbers. dtype: of factors that are not rounded. With a scheme both factors are, and so is
-    what stays whole, by `rounder`.
+    keep together, divided among them by what their singular values say. max_bytes: the same, as a number of bytes.
+    rank: instead, one rank for all layers. Without any, `keep` is 0.8. What would not be smaller in factors stays
+    whole. multiple_of: ranks are divisible by it, if the layer is large enough. pivot: store rows of the weight as the
+    right factor, which saves rank² numbers. dtype: of factors that are not rounded. With a scheme both factors are, and
+    so is what stays whole, by `rounder`.
     """
 
     takes_scheme: ClassVar[Literal["always", "if given", "never"]] = "if given"
@@ -118,8 +118,8 @@ class Factorizer(LayerMethod):
         return replace(self, keep=max(1 - share, 1e-6), global_keep=None, max_bytes=None)
 
     def curve(self, weight: torch.Tensor, scheme: Scheme | None, gram: torch.Tensor) -> list[Option]:
-        """Every rank with its bytes and the share of the output's energy that it loses: the tail of the squared singular
-        values; and the whole weight, which loses nothing."""
+        """Every rank with its bytes and the share of the output's energy that it loses: the tail of the squared
+        singular values; and the whole weight, which loses nothing."""
         shape, whole = (weight.shape[0], weight.shape[1]), self.full_cost((weight.shape[0], weight.shape[1]), scheme)
         energies = Metric.of(gram).energies(weight)
         total = float(energies.sum().clamp(min=torch.finfo(torch.float64).tiny))
@@ -143,6 +143,10 @@ class Factorizer(LayerMethod):
         """What the factors are fitted to, (out, in) float32."""
         return weight
 
+    def shift(self, difference: torch.Tensor, problem: LayerProblem) -> torch.Tensor | None:
+        """What to add to the bias, (out,) float32, for the difference (out, in) to the dense weight."""
+        return None
+
     @property
     def refits(self) -> bool:
         """Whether the left factor is solved again on what the stored right one gives."""
@@ -152,6 +156,7 @@ class Factorizer(LayerMethod):
         metric = self.metric(problem)
         canonical: dict[str, Canonical] = {}
         events: dict[str, dict[str, Any]] = {}
+        shifts: dict[str, torch.Tensor] = {}
         for name, weight in problem.weights.items():
             scheme = problem.schemes.get(name)
             rank, layout = self.rank_of((weight.shape[0], weight.shape[1]), scheme), self.layout(scheme)
@@ -160,8 +165,10 @@ class Factorizer(LayerMethod):
                 canonical[name] = layout.store(wanted if scheme else weight, problem.gram)
             else:
                 canonical[name] = factorise(wanted, metric, rank, layout, self.refits)
+                shift = self.shift(weight - canonical[name].dequantize(), problem)
+                shifts |= {} if shift is None else {name: shift}
             events[name] = {"rank": rank or min(weight.shape)}
-        return LayerSolution(canonical, events)
+        return LayerSolution(canonical, events, shifts)
 
 
 def check_damping(damping: float) -> None:

@@ -1,11 +1,11 @@
 """From the best subspace to two stored factors: pivot rows, rotation, rounding in the order of the data.
 
-*Pivots.* A matrix of rank r has r rows of which all others are combinations. With those rows as the right factor the left
-one is an identity there, which costs nothing: r (out + in - r) numbers instead of r (out + in), and never more than the
-dense weight (Zhao et al. 2025, "Pivoting Factorization", arXiv 2501.19090).
+*Pivots.* A matrix of rank r has r rows of which all others are combinations. With those rows as the right factor the
+left one is an identity there, which costs nothing: r (out + in - r) numbers instead of r (out + in), and never more
+than the dense weight (Zhao et al. 2025, "Pivoting Factorization", arXiv 2501.19090).
 
-*Data order.* The right factor meets the inputs. It is stored, that is rounded, first; then the left one is solved on what
-the stored right one really gives, and rounded with the Gram matrix of that.
+*Data order.* The right factor meets the inputs. It is stored, that is rounded, first; then the left one is solved on
+what the stored right one really gives, and rounded with the Gram matrix of that.
 """
 
 from __future__ import annotations

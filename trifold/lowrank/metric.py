@@ -1,11 +1,11 @@
 """How the inputs of a layer weigh errors, and what of a weight matters most by it.
 
 The squared output error of replacing W (out, in) by Ŵ is tr((W - Ŵ) H (W - Ŵ)ᵀ) with the Gram matrix H = X Xᵀ of the
-inputs. With any root R Rᵀ = H it is |(W - Ŵ) R|², so the best Ŵ of rank r has [W R]_r = Ŵ R, and its error is the sum of
-the smaller squared singular values of W R (Wang et al. 2024, "SVD-LLM", arXiv 2403.07378). The left singular vectors U of
-W R are the eigenvectors of W H Wᵀ, the Gram matrix of the outputs: Ŵ = U_r U_rᵀ W needs neither a root of H nor its
-inverse. That is the projection on principal components of the outputs (Yu and Wu 2023, arXiv 2302.11193; LoRD, Kaushal et
-al. 2023, arXiv 2309.14021), which are the better ones of the two for a nearly singular H.
+inputs. With any root R Rᵀ = H it is |(W - Ŵ) R|², so the best Ŵ of rank r has [W R]_r = Ŵ R, and its error is the sum
+of the smaller squared singular values of W R (Wang et al. 2024, "SVD-LLM", arXiv 2403.07378). The left singular vectors
+U of W R are the eigenvectors of W H Wᵀ, the Gram matrix of the outputs: Ŵ = U_r U_rᵀ W needs neither a root of H nor
+its inverse. That is the projection on principal components of the outputs (Yu and Wu 2023, arXiv 2302.11193; LoRD,
+Kaushal et al. 2023, arXiv 2309.14021), which are the better ones of the two for a nearly singular H.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ class Metric:
         if not bool(torch.isfinite(gram).all()):
             raise NotFiniteError("the Gram matrix of the inputs is not finite")
         return cls(damped(gram, damping) if damping else gram.double())
+
+    @classmethod
+    def centred(cls, gram: torch.Tensor, mean: torch.Tensor, tokens: int) -> Metric:
+        """Of inputs less their mean, (in,): a bias makes good what an approximation does to that."""
+        mean = mean.double()
+        return cls.of(gram.double() - tokens * torch.outer(mean, mean))
 
     @classmethod
     def plain(cls, features: int, device: torch.device | str = "cpu") -> Metric:

@@ -1,8 +1,8 @@
 """Reduced-rank regression of the dense model's outputs on the inputs that the compressed model has.
 
 Izenman 1975, "Reduced-rank regression for the multivariate linear model". The best map of any rank from the inputs X at
-hand to the dense outputs W X_dense is W* = W X_dense Xᵀ (X Xᵀ)⁻¹; the best one of rank r is the r-rank weight nearest to W*
-in the metric X Xᵀ. So errors of the layers before are made good, as far as the rank allows.
+hand to the dense outputs W X_dense is W* = W X_dense Xᵀ (X Xᵀ)⁻¹; the best one of rank r is the r-rank weight nearest
+to W* in the metric X Xᵀ. So errors of the layers before are made good, as far as the rank allows.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 L R is the best one of its rank for the output error of Q: an SVD of (W - Q) times a root of the Gram matrix. With a
 diagonal one that is LQER (Zhang et al. 2024, arXiv 2402.02446), with the whole one QERA and EoRA (arXiv 2410.06040,
 2410.21271). Q is then found again for W - L R, and so on by turns (LoftQ, Li et al. 2023, arXiv 2310.08659; with GPTQ's
-loss and rounded factors CALDERA, Saha et al. 2024, arXiv 2405.18886). The error does not fall in every turn, so the best
-one is kept.
+loss and rounded factors CALDERA, Saha et al. 2024, arXiv 2405.18886). The error does not fall in every turn, so the
+best one is kept.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from trifold.lowrank.metric import Metric
 @METHODS.register("residual")
 @dataclass(frozen=True)
 class Residual(LayerMethod):
-    """base, base_options: the method whose weights are corrected, which gets the step's scheme. lr_bits: bits per weight
-    of the residual, from which its rank follows. factor_bits: of a number in a factor; 16 keeps them in `dtype`.
+    """base, base_options: the method whose weights are corrected, which gets the step's scheme. lr_bits: bits per
+    weight of the residual, from which its rank follows. factor_bits: of a number in a factor; 16 keeps them in `dtype`.
     factor_group: numbers that share a scale. turns: how often both are solved; 1 is EoRA. dense_targets, damping: as in
-    `reduced_rank`. multiple_of: ranks are divisible by it, if there are so many.
+    `reduced_rank`. multiple_of: ranks from eight times it on are divisible by it.
     """
 
     needs: ClassVar[tuple[type[Statistic], ...]] = (Gram, Drift)
@@ -98,7 +98,7 @@ class Residual(LayerMethod):
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        return low - low % self.multiple_of if low >= self.multiple_of else low
+        return low - low % self.multiple_of if low >= 8 * self.multiple_of else low
 
     def sketch(self, shape: tuple[int, int], scheme: Scheme | None) -> Canonical:
         base, rank = self._base().sketch(shape, scheme), self.rank_of(shape)
@@ -111,7 +111,8 @@ class Residual(LayerMethod):
         ranks = {name: self.rank_of((w.shape[0], w.shape[1])) for name, w in targets.items()}
         found: dict[str, Canonical] = {}
         losses: dict[str, list[float]] = {name: [] for name in targets}
-        rest, bounds, events = dict(targets), problem.bounds, {}
+        rest, bounds = dict(targets), problem.bounds
+        events: dict[str, dict[str, Any]] = {}
         for turn in range(self.turns if any(ranks.values()) else 1):
             solution = base.solve(dataclasses.replace(problem, weights=rest, bounds=bounds))
             events = events or {name: dict(event) for name, event in solution.events.items()}
