@@ -49,19 +49,23 @@ class PackedLinear(PackedModule):
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return PackedLinear.forward(self, x)
-        flat, bias = x.reshape(-1, self.in_features), self.bias
-        learns = x.requires_grad or (bias is not None and bias.requires_grad)
-        if "parts" in self.spec:
-            y = self._composed(flat, bias)
-        else:
-            y = _Product.apply(flat, bias, self) if learns else self._product(flat, bias)
+        y = self.multiply(x.reshape(-1, self.in_features), self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x (M, in) -> x Wᵀ + bias, (M, out), without the module's own bias."""
+        if "parts" in self.spec:
+            return self._composed(x, bias)
+        learns = x.requires_grad or (bias is not None and bias.requires_grad)
+        return _Product.apply(x, bias, self) if learns else self._product(x, bias)
 
     def _composed(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if not len(x):
             return x.new_empty(0, self.out_features)
         composition = COMPOSITIONS[self.spec["format"]]
-        y = composition.combine(x, self._tensors_for(composition), self.spec, list(self.parts))
+        parts: list[Any] = list(self.parts)
+        products = [part.multiply for part in parts]
+        y = composition.combine(x, self._tensors_for(composition), self.spec, products)
         return y if bias is None else y + bias.to(y.dtype)
 
     def _op(self, x: torch.Tensor) -> Op:

@@ -4,7 +4,7 @@ The squared output error of replacing W (out, in) by Ŵ is tr((W - Ŵ) H (W - Ŵ
 inputs. With any root R Rᵀ = H it is |(W - Ŵ) R|², so the best Ŵ of rank r has [W R]_r = Ŵ R, and its error is the sum
 of the smaller squared singular values of W R (Wang et al. 2024, "SVD-LLM", arXiv 2403.07378). The left singular vectors
 U of W R are the eigenvectors of W H Wᵀ, the Gram matrix of the outputs: Ŵ = U_r U_rᵀ W needs neither a root of H nor
-its inverse. That is the projection on principal components of the outputs (Yu and Wu 2023, arXiv 2302.11193; LoRD,
+its inverse. That is the projection on principal components of the outputs (Yu and Wu 2023, AAAI; LoRD,
 Kaushal et al. 2023, arXiv 2309.14021), which are the better ones of the two for a nearly singular H.
 """
 
