@@ -19,7 +19,8 @@ class Composition(Runtime, ABC):
 
     @abstractmethod
     def combine(self, x: torch.Tensor, tensors: Tensors, spec: Spec, parts: Sequence[Product]) -> torch.Tensor:
-        """x (M, in) -> (M, out). tensors: the weight's own, without those of parts, as `prepare` returned them."""
+        """x (M, in) -> (M, out). tensors: the weight's own, without those of parts, as `prepare` returned them; none of
+        what does not replace them."""
 
 
 class Split(Composition):
@@ -46,7 +47,7 @@ class Split(Composition):
         return split_product(x, spec["axis"], tensors["order"], self._widths(spec), parts)
 
     def _joined(self, outputs: Sequence[torch.Tensor], places: torch.Tensor, spec: Spec) -> torch.Tensor:
-        y = outputs[0].new_empty(len(outputs[0]), spec["shape"][0])
+        y = outputs[0].new_empty(outputs[0].shape[0], spec["shape"][0])
         for output, own in zip(outputs, places.split(self._widths(spec)), strict=True):
             place(output, own, y)
         return y

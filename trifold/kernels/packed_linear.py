@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from trifold.core.inputs import InputScheme
+from trifold.core.product import Product
 from trifold.formats.base import Spec
 from trifold.kernels.compose import COMPOSITIONS
 from trifold.kernels.dispatch import Choice, explain, resolve
@@ -33,6 +34,7 @@ class PackedLinear(PackedModule):
         values = torch.empty(self.out_features, dtype=bias_dtype) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
         self._ops: dict[tuple[torch.dtype, torch.device], Op] = {}
+        self._products: list[Product] | None = None  # with the parts, once they were needed
 
     def _part(self, spec: Spec) -> PackedLinear:
         return PackedLinear(spec, False, torch.get_default_dtype())
@@ -60,12 +62,14 @@ class PackedLinear(PackedModule):
         return _Product.apply(x, bias, self) if learns else self._product(x, bias)
 
     def _composed(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if not len(x):
+        if not x.shape[0]:
             return x.new_empty(0, self.out_features)
         composition = COMPOSITIONS[self.spec["format"]]
-        parts: list[Any] = list(self.parts)
-        products = [part.multiply for part in parts]
-        y = composition.combine(x, self._tensors_for(composition), self.spec, products)
+        if self._products is None:
+            parts: Any = self.parts
+            self._products = [_same if part.spec["format"] == "identity" else part.multiply for part in parts]
+        tensors = self._tensors_for(composition) if composition.replaces else {}
+        y = composition.combine(x, tensors, self.spec, self._products)
         return y if bias is None else y + bias.to(y.dtype)
 
     def _op(self, x: torch.Tensor) -> Op:
@@ -79,7 +83,7 @@ class PackedLinear(PackedModule):
         return explain(self.spec, dtype, device)
 
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if not len(x):
+        if not x.shape[0]:
             return x.new_empty(0, self.out_features)
         op = self._op(x)
         return op.run(x, self._tensors_for(op), self.spec, None if bias is None else bias.to(x.dtype))
@@ -94,10 +98,14 @@ class PackedLinear(PackedModule):
         return total.to(grad.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_ops": {}}
+        return {**super().__getstate__(), "_ops": {}, "_products": None}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 class _Product(torch.autograd.Function):

@@ -24,9 +24,9 @@ def place(from_: torch.Tensor, places: torch.Tensor, to: torch.Tensor) -> None:
         to.index_copy_(1, places, from_)
         return
     from_ = from_.contiguous()
-    threads = min(torch.get_num_threads(), 1 + from_.numel() // _FEW)
-    sizes = (to.shape[1], len(from_), threads)
-    call(from_.data_ptr(), len(places), places.data_ptr(), to.data_ptr(), *sizes)
+    rows, width = from_.shape
+    threads = min(torch.get_num_threads(), 1 + rows * width // _FEW)
+    call(from_.data_ptr(), width, places.data_ptr(), to.data_ptr(), to.shape[1], rows, threads)
 
 
 @cache
