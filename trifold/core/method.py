@@ -157,11 +157,13 @@ class Method:
 @dataclass(frozen=True)
 class Budget:
     """share: what the layers of a step give up of their weights together. by: how it is divided among them. cost:
-    instead of a share, what they may take together, in the unit of their curves."""
+    instead of a share, what they may take together, in the unit of their curves. sensitive: whether what a layer loses
+    counts by how much of it reaches the hidden states behind its block."""
 
     share: float
     by: Literal["curves", "owl", "uniform"]
     cost: float | None = None
+    sensitive: bool = False
 
 
 class LayerMethod(Method, ABC):

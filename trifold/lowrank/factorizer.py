@@ -29,9 +29,10 @@ class Factorizer(LayerMethod):
     """keep: the share of its bytes that each layer keeps. global_keep: instead, the share that all layers of the step
     keep together, divided among them by what their singular values say. max_bytes: the same, as a number of bytes.
     rank: instead, one rank for all layers. Without any, `keep` is 0.8. What would not be smaller in factors stays
-    whole. multiple_of: ranks are divisible by it, if the layer is large enough. pivot: store rows of the weight as the
-    right factor, which saves rank² numbers. dtype: of factors that are not rounded. With a scheme both factors are, and
-    so is what stays whole, by `rounder`.
+    whole. sensitive: whether, in a shared budget, errors count by how much of them leaves the block; if not, relative
+    errors of all layers count alike. multiple_of: ranks are divisible by it, if the layer is large enough. pivot: store
+    rows of the weight as the right factor, which saves rank² numbers. dtype: of factors that are not rounded. With a
+    scheme both factors are, and so is what stays whole, by `rounder`.
     """
 
     takes_scheme: ClassVar[Literal["always", "if given", "never"]] = "if given"
@@ -40,6 +41,7 @@ class Factorizer(LayerMethod):
     global_keep: float | None = None
     max_bytes: int | None = None
     rank: int | None = None
+    sensitive: bool = True
     multiple_of: int = 8
     pivot: bool = False
     dtype: ScaleDtype = "bfloat16"
@@ -111,8 +113,8 @@ class Factorizer(LayerMethod):
     @property
     def budget(self) -> Budget | None:
         if self.max_bytes is not None:
-            return Budget(0.0, "curves", self.max_bytes)
-        return None if self.global_keep is None else Budget(1 - self.global_keep, "curves")
+            return Budget(0.0, "curves", self.max_bytes, self.sensitive)
+        return None if self.global_keep is None else Budget(1 - self.global_keep, "curves", sensitive=self.sensitive)
 
     def at(self, share: float, draft: bool = False) -> Factorizer:
         return replace(self, keep=max(1 - share, 1e-6), global_keep=None, max_bytes=None)
