@@ -89,7 +89,9 @@ def test_a_share_is_never_exceeded_and_whole_where_factors_are_no_smaller(shape,
 
 def test_pivots_pay_for_more_rank():
     for keep in (0.6, 0.8):
-        ranks = [ReducedRank(keep=keep, pivot=pivot, multiple_of=1).rank_of((512, 512), None) for pivot in (False, True)]
+        ranks = [
+            ReducedRank(keep=keep, pivot=pivot, multiple_of=1).rank_of((512, 512), None) for pivot in (False, True)
+        ]
         assert ranks[0] == int(keep * 512 / 2)
         assert abs(ranks[1] - 512 * (1 - (1 - keep) ** 0.5)) < 3  # r (2n - r) = keep n²
 
