@@ -19,13 +19,14 @@ from common import RESULTS, add_text_arguments, machine, markdown, save
 from quality import score_of
 from sparsity import cell, rise, rounded
 
+EXACT = {"multiple_of": 1}  # ranks that use the whole share
 METHODS: dict[str, dict[str, Any]] = {
-    "SVD": {"method": "svd"},
-    "ASVD": {"method": "asvd"},
-    "SVD-LLM": {"method": "svd_llm"},
-    "regression": {"method": "reduced_rank", "options": {"pivot": False}},
-    "regression, pivot rows": {"method": "reduced_rank"},
-    "regression, shared budget": {"method": "reduced_rank", "options": {"pivot": False}, "shared": True},
+    "SVD": {"method": "svd", "options": EXACT},
+    "ASVD": {"method": "asvd", "options": EXACT},
+    "SVD-LLM": {"method": "svd_llm", "options": EXACT},
+    "regression": {"method": "reduced_rank", "options": {"pivot": False, **EXACT}},
+    "regression, pivot rows": {"method": "reduced_rank", "options": EXACT},
+    "ours, all layers equally sensitive": {"method": "reduced_rank", "options": {"sensitive": False}, "shared": True},
     "ours: regression, pivot rows, shared budget": {"method": "reduced_rank", "shared": True},
 }
 """Row -> step, to which the share that is kept is added: of each layer, or of all together if they share it."""
@@ -49,19 +50,22 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "GQSA W4S50 g16": ("sparse", rounded("gqsa", 4, 16, sparsity=0.5)),
     "rank80 + INT4": ("rank", factors("reduced_rank", 4, global_keep=0.8)),
     "rank60 + INT4": ("rank", factors("reduced_rank", 4, global_keep=0.6)),
-    "W3 g128 + 0.2 bits": ("residual", factors("residual", 3, lr_bits=0.2)),
     "W2 g128 + 0.4 bits": ("residual", factors("residual", 2, lr_bits=0.4)),
+    "W2 g128 + 0.4 bits, 3-bit factors": ("residual", factors("residual", 2, lr_bits=0.4, factor_bits=3)),
+    "W3 g128 + 0.2 bits": ("residual", factors("residual", 3, lr_bits=0.2)),
+    "W3 g128 + 0.2 bits, 3-bit factors": ("residual", factors("residual", 3, lr_bits=0.2, factor_bits=3)),
 }
 """Row -> fold, step."""
 
 MATCHED = (
     ("W3 g128 + 0.2 bits", "INT3 g64"),
-    ("rank80 + INT4", "INT3 g128"),
     ("rank80 + INT4", "INT3 g64"),
+    ("rank80 + INT4", "INT3 g128"),
     ("W2 g128 + 0.4 bits", "INT2 g32"),
     ("W2 g128 + 0.4 bits", "INT2 g64"),
+    ("rank60 + INT4", "INT2 g32"),
+    ("rank60 + INT4", "W2 g128 + 0.4 bits"),
     ("GQSA W4S50 g16", "INT3 g128"),
-    ("rank80 + INT4", "GQSA W4S50 g16"),
 )
 """Rows of about as many bits that are compared."""
 
