@@ -8,13 +8,14 @@ from trifold.compress import sensitivity
 from trifold.compress.capture import capture_calls
 from trifold.compress.sensitivity import sensitivities
 from trifold.core.linears import linears
+from trifold.core.topology import find_blocks
 
 
 def found_in(model, **changes):
     """Sensitivities of the first block's linears, with identity Gram matrices."""
     ids = torch.randint(2, 128, (2, 16), generator=torch.Generator().manual_seed(0))
-    captured = capture_calls(model, model.model.layers, ids)
-    block = model.model.layers[0]
+    blocks = model.get_submodule(find_blocks(model))
+    captured, block = capture_calls(model, blocks, ids), blocks[0]
     targets = linears(block)
     grams = {name: torch.eye(m.weight.shape[1], dtype=torch.float64) for name, m in targets.items()}
     return sensitivities(block, targets, captured.calls[0], captured.hidden, grams)
@@ -45,6 +46,11 @@ def test_it_is_the_share_of_an_error_whatever_its_size(monkeypatch):
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.copy_(output)
     assert found_in(model)["mlp.down_proj"] > small["mlp.down_proj"]
+
+
+def test_numbers_in_names_are_no_experts():
+    found = found_in(make_model("opt"))
+    assert found["fc1"] != found["fc2"] and len(set(found.values())) == len(found)
 
 
 def test_one_expert_stands_for_all():

@@ -14,6 +14,7 @@ from trifold.core.obs import relative_error
 
 _ERROR = 0.01  # of a layer's output, that is tried
 _TINY = 1e-12
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # an expert's, between the dots of a name
 
 
 @torch.no_grad()
@@ -26,8 +27,8 @@ def sensitivities(
 ) -> dict[str, float]:
     """Linear -> squared relative error of the block's output for a squared relative error of 1 of the linear's own.
 
-    Each is tried with random noise on its weight, on one batch. grams: (in, in) of the linears' inputs. Of experts, and
-    of other linears whose names differ by numbers alone, the first one stands for all.
+    Each is tried with random noise on its weight, on one batch. grams: (in, in) of the linears' inputs. Of experts
+    the first one stands for all.
     """
 
     def output() -> torch.Tensor:
@@ -36,7 +37,7 @@ def sensitivities(
     reference, found = output(), dict[str, float]()
     size = reference.square().sum().clamp(min=_TINY)
     for name, module in linears.items():
-        kind = re.sub(r"\d+", "*", name)
+        kind = _NUMBER.sub("*", name)
         if kind in found:
             continue
         weight, generator = weight_of(module).clone(), torch.Generator().manual_seed(len(found))
@@ -46,4 +47,4 @@ def sensitivities(
         changed = relative_error(weight.float(), weight_of(module).float(), grams[name])
         found[kind] = float((output() - reference).square().sum() / size) / max(changed, _TINY)
         set_weight(module, weight)
-    return {name: found[re.sub(r"\d+", "*", name)] for name in linears}
+    return {name: found[_NUMBER.sub("*", name)] for name in linears}
