@@ -50,10 +50,10 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "GQSA W4S50 g16": ("sparse", rounded("gqsa", 4, 16, sparsity=0.5)),
     "rank80 + INT4": ("rank", factors("reduced_rank", 4, global_keep=0.8)),
     "rank60 + INT4": ("rank", factors("reduced_rank", 4, global_keep=0.6)),
-    "W2 g128 + 0.4 bits": ("residual", factors("residual", 2, lr_bits=0.4)),
-    "W2 g128 + 0.4 bits, 3-bit factors": ("residual", factors("residual", 2, lr_bits=0.4, factor_bits=3)),
     "W3 g128 + 0.2 bits": ("residual", factors("residual", 3, lr_bits=0.2)),
+    "W2 g128 + 0.4 bits": ("residual", factors("residual", 2, lr_bits=0.4, factor_bits=3)),
     "W3 g128 + 0.2 bits, 3-bit factors": ("residual", factors("residual", 3, lr_bits=0.2, factor_bits=3)),
+    "W2 g128 + 0.4 bits, 4-bit factors": ("residual", factors("residual", 2, lr_bits=0.4)),
 }
 """Row -> fold, step."""
 

@@ -87,7 +87,7 @@ def test_the_plan_knows_the_exact_sizes(tmp_path, tiny, text, recipe):
 def test_a_budget_is_spent_and_no_more(tmp_path, tiny, text):
     found = {}
     for name, options in {
-        "share": {"global_keep": 0.7},
+        "share": {"global_keep": 0.7, "sensitive": False},
         "bytes": {"max_bytes": 60_000},
         "even": {"keep": 0.7},
     }.items():
@@ -100,7 +100,7 @@ def test_a_budget_is_spent_and_no_more(tmp_path, tiny, text):
     assert 0.7 * dense - step <= found["share"][0] <= 0.7 * dense
     assert 60_000 - step <= found["bytes"][0] <= 60_000
     ranks = {entry["rank"] for entry in found["share"][1]["layers"].values()}
-    assert len(ranks) > 3
+    assert len(ranks) > 3 and len({entry["rank"] for entry in found["bytes"][1]["layers"].values()}) > 3
     assert found["share"][1]["mean_error"] < found["even"][1]["mean_error"]
 
 

@@ -165,7 +165,11 @@ def test_presets_of_lower_rank():
     assert first("rank80-w4") == (ReducedRank(global_keep=0.8), Scheme(4, 128))
     assert first("rank60-svdllm-w8") == (SVDLLM(keep=0.6), Scheme(8, 128))
     for bits, tenths in ((4, 2), (3, 2), (2, 4), (3, 15)):
-        assert first(f"w{bits}-lr{tenths:02d}") == (Residual(lr_bits=tenths / 10), Scheme(bits, 128))
+        factors = 3 if bits == 2 else 4
+        assert first(f"w{bits}-lr{tenths:02d}") == (
+            Residual(lr_bits=tenths / 10, factor_bits=factors),
+            Scheme(bits, 128),
+        )
     assert set(LOW_RANK) >= {"rank80", "rank60", "rank80-svdllm", "rank80-w4", "w4-lr02", "w3-lr02", "w2-lr04"}
     for name in ("rank80-gptq", "w4a16-rank80", "rank8"):
         with pytest.raises(RecipeError, match=f"unknown recipe '{name}'"):

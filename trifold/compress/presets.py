@@ -82,8 +82,9 @@ def preset(name: str) -> dict[str, Any]:
     if factors := _LOW_RANK.fullmatch(name):
         return {"name": name, "steps": [_low_rank_step(factors)]}
     if residual := _RESIDUAL.fullmatch(name):
-        options = {"lr_bits": int(residual["tenths"]) / 10}
-        scheme = {"bits": int(residual["weight"]), **_WEIGHT_ONLY}
+        bits = int(residual["weight"])
+        options: dict[str, Any] = {"lr_bits": int(residual["tenths"]) / 10, "factor_bits": 3 if bits < 3 else 4}
+        scheme = {"bits": bits, **_WEIGHT_ONLY}
         return {"name": name, "steps": [{"method": "residual", "options": options, "scheme": scheme}]}
     match = _NAME.fullmatch(name)
     if match is None:
