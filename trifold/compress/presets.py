@@ -82,10 +82,7 @@ def preset(name: str) -> dict[str, Any]:
     if factors := _LOW_RANK.fullmatch(name):
         return {"name": name, "steps": [_low_rank_step(factors)]}
     if residual := _RESIDUAL.fullmatch(name):
-        bits = int(residual["weight"])
-        options: dict[str, Any] = {"lr_bits": int(residual["tenths"]) / 10, "factor_bits": 3 if bits < 3 else 4}
-        scheme = {"bits": bits, **_WEIGHT_ONLY}
-        return {"name": name, "steps": [{"method": "residual", "options": options, "scheme": scheme}]}
+        return {"name": name, "steps": [_residual_step(residual)]}
     match = _NAME.fullmatch(name)
     if match is None:
         raise RecipeError(unknown_name("recipe", name, preset_names()))
@@ -123,6 +120,12 @@ def _low_rank_step(match: re.Match[str]) -> dict[str, Any]:
     keep = "global_keep" if chosen.get("shared") else "keep"
     step: dict[str, Any] = {"method": chosen["method"], "options": {keep: int(match["keep"]) / 100}}
     return step | ({"scheme": {"bits": int(match["weight"]), **_WEIGHT_ONLY}} if match["weight"] else {})
+
+
+def _residual_step(match: re.Match[str]) -> dict[str, Any]:
+    bits = int(match["weight"])
+    options = {"lr_bits": int(match["tenths"]) / 10, "factor_bits": 3 if bits < 3 else 4}
+    return {"method": "residual", "options": options, "scheme": {"bits": bits, **_WEIGHT_ONLY}}
 
 
 def _sparse_steps(name: str, match: re.Match[str]) -> list[dict[str, Any]]:
@@ -165,5 +168,5 @@ def preset_names() -> list[str]:
     sparse = ["s50-wanda", "s50-sparsegpt", "s24-sparsegpt", "w4-s50-gqsa", "w4-s30-gqsa", "w4-s24"]
     sparse += [f"{name}-recovered" for name in sparse]
     low_rank = ["rank80", "rank60", "rank80-svdllm", "rank80-w4", "w4-lr02", "w3-lr02", "w2-lr04"]
-    sparse += low_rank
-    return [*names, "w8a16", "w8a16-gptq", *grids, *with_gptq, *(f"w8a8{name}" for name in rounded), *ends, *sparse]
+    names += ["w8a16", "w8a16-gptq", *grids, *with_gptq, *(f"w8a8{name}" for name in rounded)]
+    return [*names, *ends, *sparse, *low_rank]
