@@ -119,7 +119,8 @@ def draw(dense: dict[str, Any], cells: dict[str, dict[str, Any]], path: Path) ->
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for number, fold in enumerate(dict.fromkeys(fold for fold, _ in SIZES.values())):
-        names = sorted((n for n in cells if SIZES[n][0] == fold), key=lambda n: cells[n]["bits_per_weight"])
+        chosen = (name for name in cells if SIZES[name][0] == fold and "," not in name)
+        names = sorted(chosen, key=lambda name: cells[name]["bits_per_weight"])
         x = [cells[name]["bits_per_weight"] for name in names]
         found = [paired_difference(cells[name]["window_losses"], dense["window_losses"]) for name in names]
         y, errors = [a for a, _ in found], [b for _, b in found]
