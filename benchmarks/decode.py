@@ -1,10 +1,11 @@
 """Decoding of a random model of TinyLlama's shape, packed and dense in bfloat16, in one run.
 
-    python benchmarks/decode.py [--folder DIR] [--bits 4] [--symmetric] [--layers 22] [--threads N]
+    python benchmarks/decode.py [--folder DIR] [--bits 4 [--symmetric] | --keep 0.6] [--layers 22]
 
 Hidden size 2048, 5632 inside the MLP, 22 blocks, a vocabulary of 32000 with an untied head that stays dense. The
-packed checkpoint has random codes in groups of 128, since only speed and memory are of interest. Loading runs in a
-process of its own, whose peak beyond the imports is compared with the size of the checkpoint.
+packed checkpoint has random codes in groups of 128, or with `--keep` random factors of that share of the bytes, since
+only speed and memory are of interest. Loading runs in a process of its own, whose peak beyond the imports is compared
+with the size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from common import machine, markdown, save
 from random_model import TINYLLAMA
 
+from trifold.core.canonical import Canonical, Chain, Dense, Split
+
 LOAD = """
 import json, re, sys, trifold, trifold.compress.integration.quantizer, transformers.models.llama.modeling_llama, torch
 def status(field):
@@ -34,13 +37,17 @@ print(json.dumps({"load": loaded, "load_and_first_token": status("VmHWM") - befo
 """
 
 
-def make(folder: Path, layers: int, bits: int | None, symmetric: bool = False) -> None:
+def make(
+    folder: Path, layers: int, bits: int | None, symmetric: bool = False, keep: float | None = None
+) -> None:
     """A random model, dense or with packed blocks."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from trifold.compress.checkpoint import FORMAT_VERSION, QUANT_METHOD
     from trifold.compress.integration.modules import replace_modules
+    from trifold.formats import describe, pack
+    from trifold.lowrank import ReducedRank
 
     config = LlamaConfig(num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16", **TINYLLAMA)
     with torch.device("meta"):
@@ -48,18 +55,37 @@ def make(folder: Path, layers: int, bits: int | None, symmetric: bool = False) -
     scheme = {"format": "int", "bits": bits, "group_size": 128, "symmetric": symmetric, "scale_dtype": "bfloat16"}
     linears = {n: m for n, m in model.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)}
     modules = {name: {**scheme, "shape": list(m.weight.shape)} for name, m in linears.items()} if bits else {}
+    packed = {}
+    if keep:
+        for name, module in linears.items():
+            canonical = _realised(ReducedRank(keep=keep).sketch((module.out_features, module.in_features), None))
+            modules[name] = describe(canonical)
+            packed.update({f"{name}.{leaf}": tensor for leaf, tensor in pack(canonical).items()})
     replace_modules(model, modules)
-    tensors = {name: _random(name, tensor) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    tensors = {name: packed[name] if name in packed else _random(name, tensor) for name, tensor in state.items()}
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     written = config.to_dict()
-    if bits:
+    if modules:
         written["quantization_config"] = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "modules": modules,
         }
     (folder / "config.json").write_text(json.dumps(written, default=str))
+
+
+def _realised(canonical: Canonical) -> Canonical:
+    """A sketch with random numbers in it."""
+    match canonical:
+        case Dense(values):
+            return Dense(0.02 * torch.randn(values.shape, dtype=values.dtype))
+        case Chain(parts):
+            return Chain(tuple(map(_realised, parts)))
+        case Split(axis, index, parts):
+            return Split(axis, index[torch.randperm(len(index))], tuple(map(_realised, parts)))
+    return canonical
 
 
 def _random(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -86,15 +112,20 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the two models are made, or lie already")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--symmetric", action="store_true", help="without zero-points")
+    parser.add_argument("--keep", type=float, help="low rank instead: the share of bytes that factors keep")
+    parser.add_argument("--name", default="decode", help="Name of the files in benchmarks/results.")
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--prepare", action="store_true", help="make the models and stop")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        dense, packed = folder / "dense", folder / f"w{args.bits}{'-symmetric' if args.symmetric else ''}"
-        for path, bits in ((dense, None), (packed, args.bits)):
-            if not path.exists():
-                make(path, args.layers, bits, args.symmetric)
+        label = f"rank {args.keep:.0%}" if args.keep else f"W{args.bits}" + " symmetric" * args.symmetric
+        dense, packed = folder / "dense", folder / label.replace(" ", "").replace("%", "").lower()
+        bits = None if args.keep else args.bits
+        if not dense.exists():
+            make(dense, args.layers, None)
+        if not packed.exists():
+            make(packed, args.layers, bits, args.symmetric, args.keep)
         trifold = (sys.executable, "-m", "trifold")
         if args.prepare:
             return
@@ -114,17 +145,14 @@ def main() -> None:
     here = machine()
     head = ("batch", "prefill", "prefill, dense", "decoding", "decoding, dense", "decoding, ratio")
     text = (
-        f"# Decoding\n\nA random model of TinyLlama's shape, {args.layers} blocks, W{args.bits} {'symmetric' if args.symmetric else 'with zero-points'}, {result['threads']} "
+        f"# Decoding\n\nA random model of TinyLlama's shape, {args.layers} blocks, {label}, {result['threads']} "
         f"threads, {here['cpu']} ({here['capability']}). Tokens per second.\n\n{markdown(head, rows)}\n"
-        f"Weights: {ours['weight_bytes'] / 1e9:.3f} GB packed, {theirs['weight_bytes'] / 1e9:.3f} GB dense. "
+        f"Weights: {ours['weight_bytes'] / 1e9:.3f} GB packed, {theirs['weight_bytes'] / 1e9:.3f} GB dense "
+        f"({theirs['weight_bytes'] / ours['weight_bytes']:.2f} times as many). "
         f"Loading the packed checkpoint of {size / 1e9:.3f} GB raises memory by {memory['load'] / 1e9:.3f} GB at its "
         f"peak, with the first token by {memory['load_and_first_token'] / 1e9:.3f} GB.\n"
     )
-    save(
-        "decode-symmetric" if args.symmetric else "decode",
-        {"machine": here, "memory": {**memory, "checkpoint": size}, **result},
-        text,
-    )
+    save(args.name, {"machine": here, "memory": {**memory, "checkpoint": size}, **result}, text)
     print(text)
 
 

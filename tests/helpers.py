@@ -27,6 +27,8 @@ FAMILIES = {
     "llama": LLAMA_LIKE,
     "qwen3": {**LLAMA_LIKE, "head_dim": 12},
     "olmo2": LLAMA_LIKE,
+    "gemma": {**LLAMA_LIKE, "head_dim": 12},
+    "opt": {**LLAMA_LIKE, "ffn_dim": 86, "word_embed_proj_dim": 48},
     "gpt2": {"n_embd": 48, "n_inner": 86, "n_layer": 3, "n_head": 4, "n_positions": 128},
 }
 

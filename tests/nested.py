@@ -2,7 +2,7 @@
 
 import torch
 
-from trifold.core.canonical import Canonical, Chain, Dense, LowRank, Quantized, Split, Sum, with_rounded_input
+from trifold.core.canonical import Canonical, Chain, Dense, Identity, LowRank, Quantized, Split, Sum, with_rounded_input
 from trifold.core.inputs import InputScheme
 from trifold.core.ranges import fit_ranges
 from trifold.core.scheme import Scheme
@@ -43,6 +43,7 @@ NESTED: dict[str, Canonical] = {
     "an empty part": Split(0, index(7, 0), (rounded(7, 43), dense(0, 43))),
     "sum": Sum((rounded(7, 43), low_rank(7, 43, 3))),
     "chain": Chain((rounded(7, 5, 8, "tensor"), rounded(5, 43, 3), dense(43, 43, torch.float32))),
+    "rows of a factor": Chain((Split(0, index(5, 2), (Identity(5), rounded(2, 5))), rounded(5, 43))),
     "chain of one": Chain((rounded(7, 43),)),
     "two deep": Sum(
         (

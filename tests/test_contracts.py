@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import trifold
+import trifold.lowrank
 import trifold.quantizers
 import trifold.sparsity
 from trifold.core.errors import RecipeError
@@ -27,7 +28,7 @@ def problem(rows=9, columns=43, bits=3, group=16, zero_column=False, symmetric=F
         x[:, 3], weight[:, 5] = 0, 0
     drift = 0.01 * (torch.randn(x.shape, generator=generator).T @ x).double()
     schemes = {"a": Scheme(bits, group, symmetric, **scheme)}
-    return LayerProblem({"a": weight}, schemes, (x.T @ x).double(), drift, sample=x)
+    return LayerProblem({"a": weight}, schemes, (x.T @ x).double(), drift, sample=x, absmean=x.abs().mean(0))
 
 
 @pytest.mark.parametrize("name", list(METHODS))

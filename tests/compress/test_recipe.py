@@ -15,7 +15,7 @@ from trifold.core.errors import RecipeError
 from trifold.core.inputs import InputScheme
 from trifold.core.method import METHODS
 from trifold.core.scheme import Scheme
-from trifold.lowrank import MoDeGPT
+from trifold.lowrank import ASVD, SVDLLM, MoDeGPT, ReducedRank, Residual
 from trifold.quantizers.gptq import GPTQ
 from trifold.quantizers.rtn import RTN
 from trifold.sparsity import GQSA, SparseGPT, Wanda
@@ -115,7 +115,10 @@ SPARSE = [name for name in preset_names() if re.search(r"\bs\d\d\b", name)]
 CUT = [name for name in preset_names() if "modegpt" in name]
 
 
-@pytest.mark.parametrize("name", sorted({*preset_names()} - {*SPARSE, *CUT}))
+LOW_RANK = [name for name in preset_names() if re.search(r"rank\d\d|-lr\d\d", name)]
+
+
+@pytest.mark.parametrize("name", sorted({*preset_names()} - {*SPARSE, *LOW_RANK, *CUT}))
 def test_listed_presets_are_recipes(name):
     recipe = Recipe.load(name)
     assert recipe.name == name
@@ -156,6 +159,29 @@ def test_presets_with_fewer_weights():
         with pytest.raises(RecipeError, match=f"{name}: gqsa {why}"):
             Recipe.load(name)
     assert set(SPARSE) >= {"s50-wanda", "s50-sparsegpt", "s24-sparsegpt", "w4-s50-gqsa", "w4-s30-gqsa", "w4-s24"}
+
+
+def test_presets_of_lower_rank():
+    def first(name):
+        (step,) = Recipe.load(name).steps
+        return step.build(), None if step.scheme is None else step.scheme.build()
+
+    assert first("rank80") == (ReducedRank(global_keep=0.8), None)
+    assert first("rank60") == (ReducedRank(global_keep=0.6), None)
+    assert first("rank80-svdllm") == (SVDLLM(keep=0.8), None)
+    assert first("rank70-asvd") == (ASVD(keep=0.7), None) and Recipe.load("rank70-svd").data_free
+    assert first("rank80-w4") == (ReducedRank(global_keep=0.8), Scheme(4, 128))
+    assert first("rank60-svdllm-w8") == (SVDLLM(keep=0.6), Scheme(8, 128))
+    for bits, tenths in ((4, 2), (3, 2), (2, 4), (3, 15)):
+        factors = 3 if bits == 2 else 4
+        assert first(f"w{bits}-lr{tenths:02d}") == (
+            Residual(lr_bits=tenths / 10, factor_bits=factors),
+            Scheme(bits, 128),
+        )
+    assert set(LOW_RANK) >= {"rank80", "rank60", "rank80-svdllm", "rank80-w4", "w4-lr02", "w3-lr02", "w2-lr04"}
+    for name in ("rank80-gptq", "w4a16-rank80", "rank8"):
+        with pytest.raises(RecipeError, match=f"unknown recipe '{name}'"):
+            Recipe.load(name)
 
 
 def test_presets_of_rounded_activations():
@@ -431,7 +457,7 @@ def test_impossible_settings_of_other_methods_are_refused(recipe, setting):
         Recipe.load(recipe).updated([setting])
 
 
-@pytest.mark.parametrize("name", ["w4a16-rank80", "w4-lr02-gptq", "w4a16-kv50"])
+@pytest.mark.parametrize("name", ["w4a16-kv50", "w4-kv20-gptq"])
 def test_folds_that_are_not_there_yet_are_said_to_be_missing(name):
-    with pytest.raises(RecipeError, match="this version has no low rank or KV-cache folds"):
+    with pytest.raises(RecipeError, match="this version has no KV-cache folds"):
         Recipe.load(name)

@@ -48,11 +48,13 @@ def test_the_python_example_runs_and_so_does_plain_loading(tmp_path, monkeypatch
 
 
 def test_every_preset_named_exists_and_every_listed_one_is_named():
-    named = set(re.findall(r"(?<![\w-])(?:w\d+a\d+|(?:w\d+-)?s\d\d|rank\d\d)(?:-[a-z][a-z0-9-]*)?\b", README))
+    named = set(
+        re.findall(r"(?<![\w-])(?:w\d+a\d+|(?:w\d+-)?s\d\d|rank\d\d|w\d-lr\d\d)(?:-[a-z][a-z0-9-]*)?\b", README)
+    )
     assert named == set(preset_names())
     for name in named:
         recipe = Recipe.load(name)
-        if recipe.steps[0].method in ("wanda", "sparsegpt", "gqsa", "modegpt"):
+        if recipe.steps[0].method in ("wanda", "sparsegpt", "gqsa", "reduced_rank", "svd_llm", "residual", "modegpt"):
             assert not recipe.data_free
             continue
         rounds_only = recipe.steps[-1].method in ("rtn", "hqq") and len(recipe.steps) == 1

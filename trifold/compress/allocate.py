@@ -1,12 +1,12 @@
 """A first pass over the dense blocks that divides what the layers of a step give up together.
 
 Each layer's inputs are those of the dense model. Its curve is the relative output error at several shares around the
-wanted one, of a draft of the method; relative errors of all layers count alike, whatever their size.
+wanted one, of a draft of the method; relative errors of all layers count alike, whatever their size, or by how much of
+them reaches the hidden states behind the block.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ import torch
 from trifold.compress.capture import own_state
 from trifold.compress.plan import LayerPlan, Plan
 from trifold.compress.runner import BlockRunner
+from trifold.compress.sensitivity import sensitivities
 from trifold.compress.walk import Walk
 from trifold.core.allocation import Option, allocate
 from trifold.core.linears import linears, weight_of
@@ -49,12 +50,13 @@ def allocate_shares(walk: Walk) -> dict[str, float]:
     curves: dict[str, list[Option]] = {}
     outliers: dict[tuple[str, str], float] = {}
     if any(layer.method.budget.by != "uniform" for layer in chosen.values() if layer.method.budget):
-        for prefix, weights, grams in _dense_blocks(walk, chosen):
+        for prefix, weights, grams, sensitivity in _dense_blocks(walk, chosen):
             scores: dict[str, list[torch.Tensor]] = {}
             for name, weight in weights.items():
                 layer = chosen[prefix + name]
                 if layer.method.budget is not None and layer.method.budget.by == "curves":
-                    curves[prefix + name] = _curve(layer, weight, grams[name])
+                    curve = _curve(layer, weight, grams[name])
+                    curves[prefix + name] = [replace(o, loss=o.loss * sensitivity.get(name, 1.0)) for o in curve]
                 else:
                     scores.setdefault(layer.step, []).append(weight.abs() * grams[name].diagonal().sqrt().float())
             outliers.update({(step, prefix): outlier_share(found) for step, found in scores.items()})
@@ -76,7 +78,10 @@ def _divide(
     shares = dict.fromkeys(layers, budget.share)
     if budget.by == "curves":
         measured = {name: curves[name] for name in layers if name in curves}
-        kept = (1 - budget.share) * sum(math.prod(layers[name].shape) for name in measured)
+        kept = budget.cost
+        if kept is None:
+            whole = (layers[name].method.full_cost(layers[name].shape, layers[name].scheme) for name in measured)
+            kept = (1 - budget.share) * sum(whole)
         return shares | allocate(measured, kept)
     prefixes = [prefix for owner, prefix in outliers if owner == step]
     if budget.by == "owl" and prefixes:
@@ -88,7 +93,9 @@ def _divide(
 
 
 def _curve(layer: LayerPlan, weight: torch.Tensor, gram: torch.Tensor) -> list[Option]:
-    budget = layer.method.budget
+    budget, known = layer.method.budget, layer.method.curve(weight, layer.scheme, gram)
+    if known is not None:
+        return known
     assert budget is not None
     low, high = max(budget.share - _SPREAD, 0.0), min(budget.share + _SPREAD, _MOST)
     options = []
@@ -102,8 +109,9 @@ def _curve(layer: LayerPlan, weight: torch.Tensor, gram: torch.Tensor) -> list[O
 
 def _dense_blocks(
     walk: Walk, chosen: Mapping[str, LayerPlan]
-) -> Iterator[tuple[str, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    """Prefix, weights and Gram matrices of the chosen layers of each block, on the dense model's hidden states."""
+) -> Iterator[tuple[str, dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, float]]]:
+    """Prefix, weights, Gram matrices and, where they are wanted, sensitivities of the chosen layers of each block, on
+    the dense model's hidden states."""
     source = walk.job.source
     hidden, calls = [h.clone() for h in walk.starts()], [own_state(c) for c in walk.calls]
     for index in range(source.block_count):
@@ -121,6 +129,10 @@ def _dense_blocks(
             runner.observe(statistics)
         leaders = {name: stage[0] for stage in runner.stages for name in stage}
         weights = {name: weight_of(targets[name]).float() for name in leaders}
-        yield prefix, weights, {name: statistics[leader].gram for name, leader in leaders.items()}
+        grams = {name: statistics[leader].gram for name, leader in leaders.items()}
+        budgets = {name: chosen[prefix + name].method.budget for name in leaders}
+        tried = {name: targets[name] for name, budget in budgets.items() if budget is not None and budget.sensitive}
+        sensitivity = sensitivities(block, tried, calls[0][index], hidden[0], grams) if tried else {}
+        yield prefix, weights, grams, sensitivity
         hidden = runner.advance()
         source.close_block(index)

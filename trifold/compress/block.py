@@ -26,7 +26,7 @@ from trifold.core.method import BlockContext, BlockMethod, Bounds, LayerProblem,
 from trifold.core.obs import NotFiniteError, relative_error
 from trifold.core.product import product
 from trifold.core.scheme import Scheme
-from trifold.core.statistics import AbsMax, Drift, Gram, Sample, Statistic
+from trifold.core.statistics import AbsMax, AbsMean, Drift, Gram, Mean, Sample, Statistic
 from trifold.core.topology import Topology
 from trifold.formats import Spec, bits_per_weight, describe, digest, pack, rounds_input
 
@@ -63,39 +63,47 @@ class Compressed:
         self.digests.update(digests)
         self.slices.update(slices or {})
 
-    def add(self, name: str, canonical: Canonical) -> None:
-        """Pack a layer's decision."""
+    def add(self, name: str, canonical: Canonical, new_bias: bool = False) -> None:
+        """Pack a layer's decision. new_bias: whether it has a bias that the dense layer has not."""
         tensors = pack(canonical)
-        self.modules[name] = describe(canonical)
+        self.modules[name] = describe(canonical) | ({"bias": True} if new_bias else {})
         self.digests[name] = digest(tensors)
         self.tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What calibration found of one input. gram, drift: (in, in) float64. absmax: (in,) float32. sample: (tokens, in)
-    float32."""
+    """What calibration found of one input. gram, drift: (in, in) float64. absmax, absmean, mean: (in,) float32. sample:
+    (tokens, in) float32. tokens: how many were seen."""
 
     gram: torch.Tensor | None = None
     drift: torch.Tensor | None = None
     absmax: torch.Tensor | None = None
     sample: torch.Tensor | None = None
+    absmean: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    tokens: int = 0
 
     def divided(self, divisor: torch.Tensor) -> Seen:
         """The same of the input divided by (in,)."""
         inverse = divisor.double().reciprocal()
         gram = None if self.gram is None else self.gram * inverse * inverse[:, None]
-        absmax, sample = (None if t is None else t / divisor for t in (self.absmax, self.sample))
-        return Seen(gram, None, absmax, sample)
+        absmax, sample, absmean, mean = (
+            None if t is None else t / divisor for t in (self.absmax, self.sample, self.absmean, self.mean)
+        )
+        return Seen(gram, None, absmax, sample, absmean, mean, self.tokens)
 
     def holds(self, needs: set[type[Statistic]]) -> bool:
         """Whether these statistics are among it."""
         found = {Gram: self.gram, Drift: self.drift, AbsMax: self.absmax, Sample: self.sample}
+        found |= {AbsMean: self.absmean, Mean: self.mean}
         return all(found.get(kind) is not None for kind in needs)
 
     @classmethod
     def of(cls, statistics: Statistics) -> Seen:
-        return cls(statistics.gram, statistics.drift, statistics.absmax, statistics.sample)
+        absmean = statistics.absmean if AbsMean in statistics else None
+        plain = (statistics.absmax, statistics.sample, absmean, statistics.mean, statistics.tokens)
+        return cls(statistics.gram, statistics.drift, *plain)
 
 
 class BlockCompressor:
@@ -349,6 +357,9 @@ class BlockCompressor:
                 seen.drift,
                 {name: self.bounds[name] for name in names if name in self.bounds},
                 seen.sample,
+                seen.absmean,
+                seen.mean,
+                seen.tokens,
             )
             try:
                 solution = method.solve(problem)
@@ -361,6 +372,8 @@ class BlockCompressor:
         plan, canonical, module = self.layer_plan(name), solution.canonical[name], self.runner.linears[name]
         weight = canonical.dequantize()
         set_weight(module, weight)
+        shift = solution.shifts.get(name)
+        new_bias = shift is not None and _shift(module, shift)
         if plan.input is not None:
             rounding = plan.input
             if rounding.static and (seen.absmax is None or not seen.absmax.any()):
@@ -369,7 +382,7 @@ class BlockCompressor:
             canonical = with_rounded_input(canonical, rounding, seen.absmax)
             if rounds_input(describe(canonical)):
                 self._round_input(module, canonical)
-        self.done.add(self.prefix + name, canonical)
+        self.done.add(self.prefix + name, canonical, new_bias)
         if any(self.prefix + name in tuned for _, _, tuned in self.plan.tuners):
             self.canonical[name] = canonical
         entry = {
@@ -388,7 +401,7 @@ class BlockCompressor:
         """Put another decision of the same structure in the place of a layer's."""
         self.canonical[name] = canonical
         set_weight(self.runner.linears[name], canonical.dequantize())
-        self.done.add(self.prefix + name, canonical)
+        self.done.add(self.prefix + name, canonical, self.done.modules[self.prefix + name].get("bias", False))
         self.done.report[self.prefix + name].update(event)
 
     def _round_input(self, module: nn.Module, canonical: Canonical) -> None:
@@ -405,6 +418,16 @@ class BlockCompressor:
         self._undo.append(
             partial(vars(module).pop, "forward") if own is None else partial(setattr, module, "forward", own)
         )
+
+
+def _shift(module: nn.Module, shift: torch.Tensor) -> bool:
+    """Add to a linear's bias; whether it had none."""
+    bias = getattr(module, "bias", None)
+    if bias is None:
+        module.bias = nn.Parameter(shift.to(weight_of(module).dtype), requires_grad=False)
+        return True
+    bias.data = (bias.data.float() + shift).to(bias.dtype)
+    return False
 
 
 def dense_tensors(

@@ -7,6 +7,9 @@ each token at run time. `eN`: embeddings and head have N bits too.
 With fewer weights: `[wN-]sNN[-method][-recovered]`, such as `s50-wanda`, `w4-s50-gqsa` or `w4-s24`; NN is the
 percentage that goes, and 24 the pattern 2:4. Without `wN` what stays has 16 bits. `recovered`: then tuned by gradient.
 
+With lower rank: `rankNN[-method][-wN]`, such as `rank80`, `rank80-svdllm` or `rank80-w4`; NN is the percentage of bytes
+that the layers keep, `wN` the bits of their factors. `wN-lrNN`, such as `w3-lr02`: N bits, and NN tenths of a bit more
+for a low-rank residual.
 With smaller dimensions: `rankNN-modegpt[-published]`; NN is the percentage of the blocks' weights that stays.
 """
 
@@ -18,7 +21,7 @@ from typing import Any
 from trifold.core.errors import RecipeError, unknown_name
 from trifold.lowrank.modegpt import PUBLISHED
 
-_FOLDS = r"-(?:rank\d\d|lr\d+|kv\d\d)"  # percent kept
+_FOLDS = r"-kv\d\d"  # percent kept
 _NAME = re.compile(
     rf"w(?P<weight>\d+)(?:a(?P<input>\d+))?(?P<folds>(?:{_FOLDS})*)(?:-(?!static\b|e\d)(?P<method>[a-z][a-z0-9-]*?))?"
     r"(?P<static>-static)?(?:-e(?P<ends>\d+))?"
@@ -29,6 +32,17 @@ _SPARSE = re.compile(
 )
 
 _DIMENSIONS = re.compile(r"rank(?P<share>\d\d)-modegpt(?P<published>-published)?")
+
+LOW_RANK: dict[str, dict[str, Any]] = {
+    "": {"method": "reduced_rank", "shared": True},
+    "svd": {"method": "svd"},
+    "asvd": {"method": "asvd"},
+    "svdllm": {"method": "svd_llm"},
+}
+"""Method part of a preset of lower rank -> method, and whether layers share a budget or keep as much each."""
+
+_LOW_RANK = re.compile(rf"rank(?P<keep>\d\d)(?:-(?P<method>{'|'.join(filter(None, LOW_RANK))}))?(?:-w(?P<weight>\d))?")
+_RESIDUAL = re.compile(r"w(?P<weight>\d)-lr(?P<tenths>\d\d)")
 
 _SCALES = {"method": "awq", "options": {"clip": False}}  # the step that follows searches ranges itself
 
@@ -72,12 +86,16 @@ def preset(name: str) -> dict[str, Any]:
     if cut := _DIMENSIONS.fullmatch(name):
         options = {"keep": int(cut["share"]) / 100, **(PUBLISHED if cut["published"] else {})}
         return {"name": name, "steps": [{"method": "modegpt", "options": options}]}
+    if factors := _LOW_RANK.fullmatch(name):
+        return {"name": name, "steps": [_low_rank_step(factors)]}
+    if residual := _RESIDUAL.fullmatch(name):
+        return {"name": name, "steps": [_residual_step(residual)]}
     match = _NAME.fullmatch(name)
     if match is None:
         raise RecipeError(unknown_name("recipe", name, preset_names()))
     if match["folds"]:
         missing = match["folds"].removeprefix("-")
-        raise RecipeError(f"{name}: this version has no low rank or KV-cache folds ({missing}); leave it out")
+        raise RecipeError(f"{name}: this version has no KV-cache folds ({missing}); leave it out")
     bits, inputs = int(match["weight"]), int(match["input"] or 16)
     grid, method = _parts(match["method"] or "", "rtn" if bits >= 8 else "gptq")
     if method not in STEPS | ROUNDED_STEPS:
@@ -102,6 +120,19 @@ def preset(name: str) -> dict[str, Any]:
     if match["ends"]:
         steps.append(_ends(int(match["ends"])))
     return {"name": name, "steps": steps}
+
+
+def _low_rank_step(match: re.Match[str]) -> dict[str, Any]:
+    chosen = LOW_RANK[match["method"] or ""]
+    keep = "global_keep" if chosen.get("shared") else "keep"
+    step: dict[str, Any] = {"method": chosen["method"], "options": {keep: int(match["keep"]) / 100}}
+    return step | ({"scheme": {"bits": int(match["weight"]), **_WEIGHT_ONLY}} if match["weight"] else {})
+
+
+def _residual_step(match: re.Match[str]) -> dict[str, Any]:
+    bits = int(match["weight"])
+    options = {"lr_bits": int(match["tenths"]) / 10, "factor_bits": 3 if bits < 3 else 4}
+    return {"method": "residual", "options": options, "scheme": {"bits": bits, **_WEIGHT_ONLY}}
 
 
 def _sparse_steps(name: str, match: re.Match[str]) -> list[dict[str, Any]]:
@@ -144,5 +175,6 @@ def preset_names() -> list[str]:
     sparse = ["s50-wanda", "s50-sparsegpt", "s24-sparsegpt", "w4-s50-gqsa", "w4-s30-gqsa", "w4-s24"]
     sparse += [f"{name}-recovered" for name in sparse]
     cut = ["rank80-modegpt", "rank60-modegpt", "rank80-modegpt-published"]
-    names = [*names, *cut]
-    return [*names, "w8a16", "w8a16-gptq", *grids, *with_gptq, *(f"w8a8{name}" for name in rounded), *ends, *sparse]
+    low_rank = ["rank80", "rank60", "rank80-svdllm", "rank80-w4", "w4-lr02", "w3-lr02", "w2-lr04"]
+    names += ["w8a16", "w8a16-gptq", *grids, *with_gptq, *(f"w8a8{name}" for name in rounded)]
+    return [*names, *ends, *sparse, *low_rank, *cut]

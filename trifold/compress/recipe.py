@@ -29,7 +29,7 @@ from pydantic import (
 import trifold.lowrank
 import trifold.quantizers
 import trifold.sparsity
-import trifold.tuning  # noqa: F401 - all register their methods
+import trifold.tuning  # noqa: F401 - all four register their methods
 from trifold.core.errors import RecipeError, unknown_name
 from trifold.core.inputs import InputScheme
 from trifold.core.method import METHODS, LayerMethod, Method, Tuner

@@ -1,8 +1,8 @@
 """Canonical tensors: what a method decided about a weight, independent of how it is stored.
 
-Leaves are `Dense`, `Quantized` and `LowRank`; `Sparse`, `Chain`, `Sum` and `Split` nest them, and `RoundedInput` adds
-what happens to the activations that meet one of them. Every one knows the (out, in) shape of the weight it stands
-for, and `dequantize()` gives that weight in float32.
+Leaves are `Dense`, `Identity`, `Quantized` and `LowRank`; `Sparse`, `Chain`, `Sum` and `Split` nest them, and
+`RoundedInput` adds what happens to the activations that meet one of them. Every one knows the (out, in) shape of the
+weight it stands for, and `dequantize()` gives that weight in float32.
 """
 
 from __future__ import annotations
@@ -50,6 +50,20 @@ class Dense(Canonical):
 
     def dequantize(self) -> torch.Tensor:
         return self.values.float()
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(Canonical):
+    """What leaves its input as it is: (size, size), nothing stored. Rows of a factor that are those of another."""
+
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size, self.size
+
+    def dequantize(self) -> torch.Tensor:
+        return torch.eye(self.size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +243,7 @@ class Split(Nested):
         weight = torch.empty(self.shape, device=self.index.device)
         for number, part in enumerate(self.parts):
             places = (self.index == number).nonzero().squeeze(1)
-            weight.index_copy_(self.axis, places, part.dequantize())
+            weight.index_copy_(self.axis, places, part.dequantize().to(weight.device))
         return weight
 
 
@@ -266,7 +280,7 @@ def with_rounded_input(weight: Canonical, scheme: InputScheme, absmax: torch.Ten
     for a static scheme.
     """
     match weight:
-        case Dense() | LowRank():
+        case Dense() | Identity() | LowRank():
             return weight
         case Split(axis, index, parts):
             own = [absmax if absmax is None or axis == 0 else absmax[index == i] for i in range(len(parts))]

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from trifold.core.allocation import Option
 from trifold.core.canonical import Canonical, Dense, Quantized
 from trifold.core.inputs import InputScheme
 from trifold.core.registry import Registry
@@ -47,6 +48,9 @@ class Statistics:
         """(in, in) float64."""
         return self._by_kind[Gram].matrix  # type: ignore[attr-defined]
 
+    def __contains__(self, kind: type[Statistic]) -> bool:
+        return kind in self._by_kind
+
     @property
     def absmean(self) -> torch.Tensor:
         """(in,) float32."""
@@ -56,6 +60,11 @@ class Statistics:
     def total(self) -> torch.Tensor:
         """(in,) float64, the sum over tokens."""
         return self._by_kind[Mean].total  # type: ignore[attr-defined]
+
+    @property
+    def mean(self) -> torch.Tensor | None:
+        """(in,) float32, if it was gathered."""
+        return self._by_kind[Mean].value if Mean in self._by_kind else None  # type: ignore[attr-defined]
 
     @property
     def absmax(self) -> torch.Tensor | None:
@@ -80,7 +89,8 @@ class LayerProblem:
     weights: name -> (out, in) float32. schemes: name -> Scheme, for methods that quantise. gram: (in, in)
     float64 of their common input, None without calibration. drift: sum of (x_dense - x) xᵀ, if the method
     needs it. bounds: ranges that an earlier step found. sample: (tokens, in) float32, some inputs as they are,
-    if the method needs them.
+    if the method needs them. absmean, mean: (in,) float32, mean of |x| and of x, likewise. tokens: how many the Gram
+    matrix is a sum over.
     """
 
     weights: Mapping[str, torch.Tensor]
@@ -89,14 +99,19 @@ class LayerProblem:
     drift: torch.Tensor | None = None
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
     sample: torch.Tensor | None = None
+    absmean: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
 class LayerSolution:
-    """canonical: name -> what was decided. events: name -> what a reader of the report should know."""
+    """canonical: name -> what was decided. events: name -> what a reader of the report should know. shifts: name ->
+    (out,) float32, to be added to the bias; a layer that has none gets one."""
 
     canonical: Mapping[str, Canonical]
     events: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    shifts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,10 +175,14 @@ class Method:
 
 @dataclass(frozen=True)
 class Budget:
-    """share: what the layers of a step give up of their weights together. by: how it is divided among them."""
+    """share: what the layers of a step give up of their weights together. by: how it is divided among them. cost:
+    instead of a share, what they may take together, in the unit of their curves. sensitive: whether what a layer loses
+    counts by how much of it reaches the hidden states behind its block."""
 
     share: float
     by: Literal["curves", "owl", "uniform"]
+    cost: float | None = None
+    sensitive: bool = False
 
 
 class LayerMethod(Method, ABC):
@@ -182,6 +201,14 @@ class LayerMethod(Method, ABC):
     def at(self, share: float, draft: bool = False) -> LayerMethod:
         """The method for one layer that gives up this share of its weights. draft: a cheap one, to compare shares."""
         raise NotImplementedError(f"{type(self).__name__} has no budget")
+
+    def full_cost(self, shape: tuple[int, int], scheme: Scheme | None) -> float:
+        """What a layer that gives up nothing takes of a budget; its weights, where nothing else is said."""
+        return shape[0] * shape[1]
+
+    def curve(self, weight: torch.Tensor, scheme: Scheme | None, gram: torch.Tensor) -> list[Option] | None:
+        """What a layer would lose at each share, where that is known without trying. weight: (out, in) float32."""
+        return None
 
     @abstractmethod
     def solve(self, problem: LayerProblem) -> LayerSolution:

@@ -11,7 +11,7 @@ from functools import reduce
 import torch
 from torch.nn.functional import linear
 
-from trifold.core.canonical import Canonical, Chain, LowRank, RoundedInput, Split, Sum
+from trifold.core.canonical import Canonical, Chain, Identity, LowRank, RoundedInput, Split, Sum
 from trifold.core.inputs import round_input
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -54,6 +54,8 @@ def product(weight: Canonical, dtype: torch.dtype) -> Product:
         case RoundedInput(inner, scheme, scale):
             multiply = product(inner, dtype)
             return lambda x: multiply(round_input(x, scheme, scale))
+        case Identity():
+            return lambda x: x
         case LowRank(left, right):
             factors = [_dense(left, dtype), _dense(right, dtype)]
             return lambda x: chain_product(x, factors)

@@ -1,8 +1,9 @@
-"""`dense` and `low_rank`: numbers as they are, beside compressed parts of a weight.
+"""`dense`, `low_rank` and `identity`: numbers as they are, beside compressed parts of a weight.
 
     dense     weight        (out * in,)     dtype, row by row
     low_rank  weight        (out * rank,)   dtype, the left factor row by row
               weight_right  (rank * in,)    dtype, the right factor row by row
+    identity  weight        (0,)            int32, nothing
 
 One dimension, so that a loader without Trifold finds a shape that no dense weight has, and stops.
 """
@@ -13,7 +14,8 @@ from collections.abc import Mapping
 
 import torch
 
-from trifold.core.canonical import Canonical, Dense, LowRank
+from trifold.core.canonical import Canonical, Dense, Identity, LowRank
+from trifold.core.errors import CheckpointError
 from trifold.formats.base import FORMATS, Format, Layout, Spec
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -74,9 +76,29 @@ class LowRankFormat(Format):
         return LowRank(tensors["weight"].reshape(rows, rank), tensors["weight_right"].reshape(rank, columns))
 
 
+class IdentityFormat(Format):
+    def holds(self, canonical: Canonical) -> bool:
+        return isinstance(canonical, Identity)
+
+    def describe(self, canonical: Canonical) -> Spec:
+        return {"format": "identity", "shape": list(canonical.shape)}
+
+    def layout(self, spec: Spec) -> Layout:
+        if spec["shape"][0] != spec["shape"][1]:
+            raise CheckpointError(f"an identity of shape {spec['shape']} is not square")
+        return {"weight": ((0,), torch.int32)}
+
+    def pack(self, canonical: Canonical) -> dict[str, torch.Tensor]:
+        return {"weight": torch.empty(0, dtype=torch.int32)}
+
+    def unpack(self, tensors: Mapping[str, torch.Tensor], spec: Spec) -> Identity:
+        return Identity(spec["shape"][0])
+
+
 def _flat(values: torch.Tensor) -> torch.Tensor:
     return values.contiguous().reshape(-1)
 
 
 FORMATS.register("dense")(DenseFormat())
 FORMATS.register("low_rank")(LowRankFormat())
+FORMATS.register("identity")(IdentityFormat())

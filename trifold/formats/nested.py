@@ -140,6 +140,11 @@ class SumFormat(NestedFormat):
 class ChainFormat(NestedFormat):
     name, kind = "chain", Chain
 
+    def label(self, spec: Spec) -> str:
+        inner = min((part["shape"][0] for part in spec["parts"][1:]), default=None)
+        parts = f"({' | '.join(map(label, spec['parts']))})"
+        return f"chain{parts}" if inner is None else f"rank {inner} {parts}"
+
     def _fits(self, spec: Spec, shapes: Sequence[Sequence[int]]) -> bool:
         inner = all(a[1] == b[0] for a, b in itertools.pairwise(shapes))
         return inner and [shapes[0][0], shapes[-1][1]] == list(spec["shape"])

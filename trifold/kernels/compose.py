@@ -10,6 +10,7 @@ import torch
 from trifold.core.product import Product, chain_product, split_order, split_product, sum_product
 from trifold.formats.base import Spec
 from trifold.formats.nested import pack_index, unpack_index
+from trifold.kernels.native.place import place
 from trifold.kernels.op import Runtime, Tensors
 
 
@@ -18,17 +19,20 @@ class Composition(Runtime, ABC):
 
     @abstractmethod
     def combine(self, x: torch.Tensor, tensors: Tensors, spec: Spec, parts: Sequence[Product]) -> torch.Tensor:
-        """x (M, in) -> (M, out). tensors: the weight's own, without those of parts, as `prepare` returned them."""
+        """x (M, in) -> (M, out). tensors: the weight's own, without those of parts, as `prepare` returned them; none of
+        what does not replace them."""
 
 
 class Split(Composition):
-    """The index is kept as the order of rows or columns that it stands for."""
+    """The index is kept as the order of rows or columns that it stands for, and the places of rows."""
 
     name = "split"
     replaces = True
 
     def prepare(self, tensors: Tensors, spec: Spec) -> Tensors:
-        return {"order": split_order(spec["axis"], unpack_index(tensors["weight"], spec))}
+        index = unpack_index(tensors["weight"], spec)
+        places = {"places": torch.argsort(index, stable=True)} if spec["axis"] == 0 else {}
+        return {"order": split_order(spec["axis"], index), **places}
 
     def restore(self, tensors: Tensors, spec: Spec) -> Tensors:
         order = tensors["order"]
@@ -38,7 +42,15 @@ class Split(Composition):
         return {"weight": pack_index(index, spec)}
 
     def combine(self, x: torch.Tensor, tensors: Tensors, spec: Spec, parts: Sequence[Product]) -> torch.Tensor:
+        if "places" in tensors and not (torch.is_grad_enabled() and x.requires_grad):
+            return self._joined([part(x) for part in parts], tensors["places"], spec)
         return split_product(x, spec["axis"], tensors["order"], self._widths(spec), parts)
+
+    def _joined(self, outputs: Sequence[torch.Tensor], places: torch.Tensor, spec: Spec) -> torch.Tensor:
+        y = outputs[0].new_empty(outputs[0].shape[0], spec["shape"][0])
+        for output, own in zip(outputs, places.split(self._widths(spec)), strict=True):
+            place(output, own, y)
+        return y
 
     @staticmethod
     def _widths(spec: Spec) -> list[int]:

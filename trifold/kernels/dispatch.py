@@ -18,7 +18,7 @@ from trifold.kernels.op import Op
 from trifold.kernels.rounded_input import blockwise as rounded_blockwise
 from trifold.kernels.rounded_input import cpu_int8, torch_fp8, torch_int8, triton_int8
 from trifold.kernels.rounded_input import naive as rounded_naive
-from trifold.kernels.weight_only import blockwise, cpu, dense, naive, torch_int4
+from trifold.kernels.weight_only import blockwise, cpu, dense, naive, onednn, torch_int4
 from trifold.kernels.weight_only import torch_int8 as weight_int8
 from trifold.kernels.weight_only.planes import op as planes
 
@@ -46,8 +46,10 @@ TABLE: tuple[Row, ...] = (
     Row(("int",), "as it is", "cpu", torch.bfloat16, weight_int8.TorchInt8()),
     Row(_CODES, "as it is", "cpu", None, cpu.Compiled("portable")),
     Row((*_CODES, "fp8"), "as it is", "cuda", None, planes.PlaneGemm()),
+    Row(("dense", "low_rank"), "as it is", "cpu", torch.bfloat16, onednn.OneDNN()),
     Row(("dense",), "as it is", None, None, dense.Dense()),
     Row(("low_rank",), "as it is", None, None, dense.LowRank()),
+    Row(("identity",), "as it is", None, None, dense.Identity()),
     Row(None, "as it is", None, None, blockwise.Blockwise()),
     Row(None, "as it is", None, None, naive.Naive()),
     Row(("int",), "int", "cpu", None, torch_int8.TorchInt8()),

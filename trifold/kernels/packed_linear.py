@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from trifold.core.inputs import InputScheme
+from trifold.core.product import Product
 from trifold.formats.base import Spec
 from trifold.kernels.compose import COMPOSITIONS
 from trifold.kernels.dispatch import Choice, explain, resolve
@@ -33,6 +34,7 @@ class PackedLinear(PackedModule):
         values = torch.empty(self.out_features, dtype=bias_dtype) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
         self._ops: dict[tuple[torch.dtype, torch.device], Op] = {}
+        self._products: list[Product] | None = None  # with the parts, once they were needed
 
     def _part(self, spec: Spec) -> PackedLinear:
         return PackedLinear(spec, False, torch.get_default_dtype())
@@ -49,19 +51,25 @@ class PackedLinear(PackedModule):
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return PackedLinear.forward(self, x)
-        flat, bias = x.reshape(-1, self.in_features), self.bias
-        learns = x.requires_grad or (bias is not None and bias.requires_grad)
-        if "parts" in self.spec:
-            y = self._composed(flat, bias)
-        else:
-            y = _Product.apply(flat, bias, self) if learns else self._product(flat, bias)
+        y = self.multiply(x.reshape(-1, self.in_features), self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
 
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x (M, in) -> x Wᵀ + bias, (M, out), without the module's own bias."""
+        if "parts" in self.spec:
+            return self._composed(x, bias)
+        learns = x.requires_grad or (bias is not None and bias.requires_grad)
+        return _Product.apply(x, bias, self) if learns else self._product(x, bias)
+
     def _composed(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if not len(x):
+        if not x.shape[0]:
             return x.new_empty(0, self.out_features)
         composition = COMPOSITIONS[self.spec["format"]]
-        y = composition.combine(x, self._tensors_for(composition), self.spec, list(self.parts))
+        if self._products is None:
+            parts: Any = self.parts
+            self._products = [_same if part.spec["format"] == "identity" else part.multiply for part in parts]
+        tensors = self._tensors_for(composition) if composition.replaces else {}
+        y = composition.combine(x, tensors, self.spec, self._products)
         return y if bias is None else y + bias.to(y.dtype)
 
     def _op(self, x: torch.Tensor) -> Op:
@@ -75,7 +83,7 @@ class PackedLinear(PackedModule):
         return explain(self.spec, dtype, device)
 
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if not len(x):
+        if not x.shape[0]:
             return x.new_empty(0, self.out_features)
         bias = None if bias is None else bias.to(x.dtype)
         if type(x) is not torch.Tensor or torch.compiler.is_compiling():
@@ -99,10 +107,14 @@ class PackedLinear(PackedModule):
         return total.to(grad.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_ops": {}}
+        return {**super().__getstate__(), "_ops": {}, "_products": None}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.bias is not None}"
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 class _Product(torch.autograd.Function):

@@ -64,7 +64,8 @@ def _packed(name: str, dense: nn.Module, spec: Spec) -> PackedModule:
             if is_embedding(dense):
                 packed = PackedEmbedding(spec, weight.dtype)
             else:
-                packed = PackedLinear(spec, bias is not None, weight.dtype if bias is None else bias.dtype)
+                added = spec.get("bias") is True
+                packed = PackedLinear(spec, added or bias is not None, weight.dtype if bias is None else bias.dtype)
     except InputError as error:
         raise CheckpointError(f"config.json: {name}: {error}") from error
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

@@ -18,6 +18,15 @@ class Dense(Op):
         return linear(x, tensors["weight"].reshape(spec["shape"]).to(x.dtype), bias)
 
 
+class Identity(Op):
+    """No product at all."""
+
+    name = "weight_only.identity"
+
+    def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
+        return x if bias is None else x + bias
+
+
 class LowRank(Op):
     """Two thin products; the weight itself is never formed."""
 
