@@ -113,9 +113,9 @@ def test_every_number_of_tokens_has_a_configuration():
             assert choose(bits, tokens) in CONFIGS[bits].values()
         assert [choose(bits, limit).bm for limit in CONFIGS[bits]] == list(CONFIGS[bits])
     config = choose(4, 1)
-    assert share(config, 1, 8192, 64, 132) > 1  # 128 blocks do not fill an H200
-    assert share(config, 1, 128256, 32, 132) == 1  # the head does
-    assert share(config, 1, 64, 2, 132) == 1  # no inputs to share
+    assert share(config, -(-8192 // config.bn), 64, 132) > 1  # 128 blocks do not fill an H200
+    assert share(config, -(-128256 // config.bn), 32, 132) == 1  # the head does
+    assert share(config, 1, 2, 132) == 1  # no inputs to share
 
 
 def test_the_operators_have_fakes():

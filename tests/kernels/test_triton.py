@@ -33,9 +33,8 @@ def process(*command, **variables):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", [path.stem for path in sorted(CHECKS.glob("interpreted_*.py"))])
-def test_values_in_the_interpreter(name):
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", CHECKS / f"{name}.py")
+def test_values_in_the_interpreter():
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *sorted(CHECKS.glob("interpreted_*.py")))
     assert " passed" in process(*command, TRITON_INTERPRET="1")
 
 

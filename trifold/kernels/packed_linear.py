@@ -64,7 +64,8 @@ class PackedLinear(PackedModule):
         y = composition.combine(x, self._tensors_for(composition), self.spec, list(self.parts))
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _op(self, x: torch.Tensor) -> Op:
+    def op(self, x: torch.Tensor) -> Op:
+        """What runs activations of x's dtype on its device."""
         key = (x.dtype, x.device)
         if key not in self._ops:
             self._ops[key] = resolve(self.spec, x.dtype, x.device)
@@ -77,12 +78,12 @@ class PackedLinear(PackedModule):
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if not len(x):
             return x.new_empty(0, self.out_features)
-        op = self._op(x)
+        op = self.op(x)
         return op.run(x, self._tensors_for(op), self.spec, None if bias is None else bias.to(x.dtype))
 
     def _input_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """grad (M, out) -> grad W, (M, in), summed over blocks of rows in at least float32."""
-        op = self._op(grad)
+        op = self.op(grad)
         tensors = self._tensors_for(op)
         total = grad.new_zeros(len(grad), self.in_features, dtype=torch.promote_types(grad.dtype, torch.float32))
         for start, stop in row_blocks(self.out_features, self.in_features, grad.device):

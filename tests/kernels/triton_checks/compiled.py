@@ -40,7 +40,9 @@ TYPES = {"x": "*bf16", "y": "*bf16", "w": "*bf16", "bias": "*bf16", "a": "*fp16"
     **dict.fromkeys(("p0", "p1", "p2"), "*i16"),
     **dict.fromkeys(("sum", "inverse", "partial"), "*fp32"),
     **dict.fromkeys(("token", "row"), "*fp32"),
-    **dict.fromkeys(("count", "offset"), "*i32"),
+    **dict.fromkeys(("count", "offset", "bounds"), "*i32"),
+    "order": "*i64",
+    "weight": "*fp32",
 }
 
 
@@ -77,6 +79,12 @@ def cases():
                 yield Case(
                     f"multiply {grid}{bits if grid == 'int' else ''} m{limit}", gemm.multiply,
                     numbers(bits, grid) | constants | {"BM": config.bm}, options, config.bn * tile, selected,
+                )  # fmt: skip
+                more = {"WEIGHTED": True, "WIDTH": 128, "BM": config.bm}
+                yield Case(
+                    f"experts {grid}{bits if grid == 'int' else ''} m{limit}", gemm.multiply_experts,
+                    numbers(bits, grid) | constants | more, options, config.bn * tile,
+                    {80: False, 89: False, 90: usual and limit == 8},
                 )  # fmt: skip
             usual = bits in (3, 4)
             yield Case(

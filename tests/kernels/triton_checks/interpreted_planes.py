@@ -10,7 +10,7 @@ from trifold.formats import digest
 from trifold.kernels.weight_only.naive import Naive
 from trifold.kernels.weight_only.planes import configs, ops
 from trifold.kernels.weight_only.planes.layout import layout_of
-from trifold.kernels.weight_only.planes.op import PlaneGemm, _arguments
+from trifold.kernels.weight_only.planes.op import PlaneGemm, arguments
 from trifold.kernels.weight_only.planes.unpacking import INTERPRETED
 
 assert INTERPRETED.value
@@ -101,7 +101,7 @@ def test_rows(bits):
         tensors = PlaneGemm().prepare(module.portable(), module.spec)
         for dtype in (torch.float16, torch.float32):
             rows = ops.plane_rows(
-                **_arguments(tensors, module.spec), in_features=weight.shape[1], start=3, stop=69, dtype=dtype
+                **arguments(tensors, module.spec), in_features=weight.shape[1], start=3, stop=69, dtype=dtype
             )
             assert torch.equal(rows, weight.dequantize()[3:69].to(dtype))
 
@@ -119,7 +119,7 @@ def test_many_tokens_take_dense_rows():
 def test_the_operators_are_as_torch_wants_them():
     weight = quantized(7, 43, 3, 32, False)
     module = layer(weight)
-    arguments = _arguments(PlaneGemm().prepare(module.portable(), module.spec), module.spec)
+    arguments = arguments(PlaneGemm().prepare(module.portable(), module.spec), module.spec)
     checks = ("test_schema", "test_faketensor")
     x = activations(2, 43, torch.float16)
     torch.library.opcheck(ops.plane_linear, (x,), arguments | {"bias": None}, test_utils=checks)

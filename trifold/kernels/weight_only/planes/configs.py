@@ -55,7 +55,6 @@ def dense_from(bits: int) -> int:
     return _MOST_BLOCKS * max(CONFIGS[bits])
 
 
-def share(config: Config, tokens: int, out_features: int, tiles: int, processors: int) -> int:
-    """How many programs share a piece of y, so that every processor of the GPU has work."""
-    blocks = -(-out_features // config.bn) * -(-tokens // config.bm)
+def share(config: Config, blocks: int, tiles: int, processors: int) -> int:
+    """How many programs share each of the blocks that y is cut into, so that every processor of the GPU has work."""
     return max(1, min(processors * _WARPS // config.warps // max(blocks, 1), tiles // _TILES, _MOST_SHARES))

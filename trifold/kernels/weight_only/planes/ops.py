@@ -10,7 +10,7 @@ import torch
 
 from trifold.core.tables import TABLES
 from trifold.kernels.weight_only.planes.configs import choose, share
-from trifold.kernels.weight_only.planes.layout import SLOT, layout_of
+from trifold.kernels.weight_only.planes.layout import SLOT, Layout, layout_of
 
 _BLOCK = 16384  # inputs that a block prepares at once, 16 warps at most
 
@@ -49,6 +49,33 @@ def _constants(bits: int, group: int, grid: str, midpoint: float, zero: torch.Te
     }
 
 
+def _workspace(x: torch.Tensor, parts: int, blocks: int, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where `parts` programs that share a block leave their sums, and how many of them have; nothing for one."""
+    several = parts > 1
+    partial = x.new_empty((parts, *y.shape) if several else 0, dtype=torch.float32)
+    return partial, x.new_empty(blocks if several else 0, dtype=torch.int32)
+
+
+def _prepared(
+    x: torch.Tensor, count: torch.Tensor, layout: Layout, flush: int, grid: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (M, in) as `activations.prepare` describes: its numbers, sums and factors. `count` becomes zero."""
+    import triton
+
+    from trifold.kernels.weight_only.planes.activations import prepare
+
+    rows, in_features = x.shape
+    padded = layout.tiles(in_features) * layout.tile
+    a = x.new_empty(rows, padded, dtype=torch.float16)
+    sums, inverse = (x.new_empty(shape, dtype=torch.float32) for shape in ((padded // flush, rows), (rows,)))
+    block = min(triton.next_power_of_2(padded), _BLOCK)
+    prepare[(rows,)](
+        x.contiguous(), a, sums, inverse, count, count.numel(), rows, in_features, padded, padded // flush,
+        STEP=layout.shifts[1] if grid == "int" else 0, CHUNK=flush, BLOCK=block, num_warps=max(1, block // 1024),
+    )  # fmt: skip
+    return a, sums, inverse
+
+
 @torch.library.custom_op("trifold::plane_linear", mutates_args=())
 def plane_linear(
     x: torch.Tensor,
@@ -68,31 +95,20 @@ def plane_linear(
     """
     import triton
 
-    from trifold.kernels.weight_only.planes.activations import prepare
     from trifold.kernels.weight_only.planes.gemm import multiply
 
     layout, (tokens, in_features), out_features = layout_of(bits), x.shape, scale.shape[1]
-    tiles = layout.tiles(in_features)
-    padded, flush = tiles * layout.tile, gcd(group, layout.tile)
-    config = choose(bits, tokens)
-    parts = share(config, tokens, out_features, tiles, _processors(x.device))
+    tiles, flush, config = layout.tiles(in_features), gcd(group, layout.tile), choose(bits, tokens)
     blocks = triton.cdiv(tokens, config.bm) * triton.cdiv(out_features, config.bn)
-    a = x.new_empty(tokens, padded, dtype=torch.float16)
-    sums, inverse = (x.new_empty(shape, dtype=torch.float32) for shape in ((padded // flush, tokens), (tokens,)))
-    count = x.new_empty(blocks if parts > 1 else 0, dtype=torch.int32)
-    partial = x.new_empty(parts if parts > 1 else 0, tokens, out_features, dtype=torch.float32)
+    parts = share(config, blocks, tiles, _processors(x.device))
     y = x.new_empty(tokens, out_features)
-    block = min(triton.next_power_of_2(padded), _BLOCK)
     with torch.cuda.device_of(x):
-        prepare[(tokens,)](
-            x.contiguous(), a, sums, inverse, count, count.numel(), tokens, in_features, padded, padded // flush,
-            STEP=layout.shifts[1] if grid == "int" else 0, CHUNK=flush, BLOCK=block,
-            num_warps=max(1, block // 1024),
-        )  # fmt: skip
+        partial, count = _workspace(x, parts, blocks, y)
         multiply[(blocks, parts)](
-            a, sums, inverse, *_numbers(planes, scale, zero), scale if bias is None else bias, y, partial, count,
-            tokens, out_features, tiles, len(scale), **_constants(bits, group, grid, midpoint, zero),
-            FLUSH=flush // SLOT, BIAS=bias is not None, BN=config.bn, BM=config.bm, SHARED=parts > 1,
+            *_prepared(x, count, layout, flush, grid), *_numbers(planes, scale, zero),
+            scale if bias is None else bias, y, partial, count, tokens, out_features, tiles, len(scale),
+            **_constants(bits, group, grid, midpoint, zero), FLUSH=flush // SLOT, BIAS=bias is not None,
+            BN=config.bn, BM=config.bm, SHARED=parts > 1,
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
     return y
@@ -101,6 +117,57 @@ def plane_linear(
 @plane_linear.register_fake
 def _(x, planes, scale, zero, bias, bits, group, grid, midpoint):
     return x.new_empty(x.shape[0], scale.shape[1])
+
+
+@torch.library.custom_op("trifold::plane_experts", mutates_args=())
+def plane_experts(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    bounds: torch.Tensor,
+    weight: torch.Tensor | None,
+    planes: list[torch.Tensor],
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group: int,
+    grid: str,
+    midpoint: float,
+) -> torch.Tensor:
+    """x (M, in) float16 or bfloat16, rows by experts -> (slots, out), the same dtype, zero where no expert is.
+
+    order (slots,) and bounds (experts + 1,): a `Routing`, with a multiple of M slots. weight: of each slot, or none.
+    planes, scale, zero, bias: those of `plane_linear` with one more dimension in front, of experts.
+    """
+    import triton
+
+    from trifold.kernels.weight_only.planes.gemm import multiply_experts
+
+    layout, (rows, in_features), (experts, groups, out_features) = layout_of(bits), x.shape, scale.shape
+    slots, tiles, flush = len(order), layout.tiles(in_features), gcd(group, layout.tile)
+    config = choose(bits, -(-slots // experts))
+    m_blocks = (slots + min(experts, slots) * (config.bm - 1)) // config.bm
+    blocks = m_blocks * triton.cdiv(out_features, config.bn)
+    parts = share(config, blocks, tiles, _processors(x.device))
+    y = x.new_zeros(slots, out_features)
+    with torch.cuda.device_of(x):
+        partial, count = _workspace(x, parts, blocks, y)
+        a, sums, inverse = _prepared(x, count, layout, flush, grid)
+        multiply_experts[(blocks, parts)](
+            a, sums, inverse, order, bounds, inverse if weight is None else weight.reshape(-1),
+            *_numbers(planes, scale, zero), scale if bias is None else bias, y, partial, count,
+            rows, out_features, slots, tiles, groups, experts, slots // rows, m_blocks,
+            **_constants(bits, group, grid, midpoint, zero), FLUSH=flush // SLOT, BIAS=bias is not None,
+            WEIGHTED=weight is not None, WIDTH=triton.next_power_of_2(experts),
+            BN=config.bn, BM=config.bm, SHARED=parts > 1,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+        )  # fmt: skip
+    return y
+
+
+@plane_experts.register_fake
+def _(x, order, bounds, weight, planes, scale, zero, bias, bits, group, grid, midpoint):
+    return x.new_empty(len(order), scale.shape[2])
 
 
 @torch.library.custom_op("trifold::plane_rows", mutates_args=())
