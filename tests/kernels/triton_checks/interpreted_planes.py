@@ -119,12 +119,12 @@ def test_many_tokens_take_dense_rows():
 def test_the_operators_are_as_torch_wants_them():
     weight = quantized(7, 43, 3, 32, False)
     module = layer(weight)
-    arguments = arguments(PlaneGemm().prepare(module.portable(), module.spec), module.spec)
+    known = arguments(PlaneGemm().prepare(module.portable(), module.spec), module.spec)
     checks = ("test_schema", "test_faketensor")
     x = activations(2, 43, torch.float16)
-    torch.library.opcheck(ops.plane_linear, (x,), arguments | {"bias": None}, test_utils=checks)
+    torch.library.opcheck(ops.plane_linear, (x,), known | {"bias": None}, test_utils=checks)
     more = {"in_features": 43, "start": 0, "stop": 7, "dtype": torch.float16}
-    torch.library.opcheck(ops.plane_rows, (), arguments | more, test_utils=checks)
+    torch.library.opcheck(ops.plane_rows, (), known | more, test_utils=checks)
 
 
 def test_a_layer_that_runs_on_it():

@@ -36,16 +36,12 @@ class Stack:
                     linear.bias.data = values
         self._biases = [linear.bias for linear in linears]
 
-    def of(self, linears: Sequence[PackedLinear], op: Op) -> bool:
+    def of(self, linears: Sequence[nn.Module], op: Op) -> bool:
         """Whether these are its linears, and still hold its tensors."""
-        return (
-            self.op is op
-            and len(linears) == len(self.linears)
-            and all(
-                linear.shared is self and linear.bias is bias
-                for linear, bias in zip(linears, self._biases, strict=True)
-            )
-        )
+        if self.op is not op or len(linears) != len(self.linears):
+            return False
+        held = zip(linears, self.linears, self._biases, strict=True)
+        return all(linear is mine and mine.shared is self and mine.bias is bias for linear, mine, bias in held)
 
     def run(self, op: ExpertsOp, x: torch.Tensor, routing: Routing, weight: torch.Tensor | None) -> torch.Tensor:
         """x, rows as the routing says, or one for k slots -> (slots, out)."""
