@@ -19,7 +19,7 @@ from trifold.kernels.experts.planes import PlaneExperts
 from trifold.kernels.op import Op
 from trifold.kernels.rounded_input import blockwise as rounded_blockwise
 from trifold.kernels.rounded_input import naive as rounded_naive
-from trifold.kernels.rounded_input import torch_fp8, torch_int8, triton_int8
+from trifold.kernels.rounded_input import torch_fp8, torch_int8, triton_fp8, triton_int8
 from trifold.kernels.weight_only import blockwise, cpu, dense, naive, torch_int4
 from trifold.kernels.weight_only import torch_int8 as weight_int8
 from trifold.kernels.weight_only.planes import op as planes
@@ -54,6 +54,7 @@ TABLE: tuple[Row, ...] = (
     Row(None, "as it is", None, None, naive.Naive()),
     Row(("int",), "int", "cpu", None, torch_int8.TorchInt8()),
     Row(("int",), "int", "cuda", None, triton_int8.TritonInt8()),
+    Row(("fp8",), "fp8_e4m3", "cuda", None, triton_fp8.TritonFP8()),
     Row(("fp8",), "fp8_e4m3", None, None, torch_fp8.TorchFP8()),
     Row(None, "rounded", None, None, rounded_blockwise.Blockwise()),
     Row(None, "rounded", None, None, rounded_naive.Naive()),

@@ -1,4 +1,7 @@
-"""Compiles the kernels for GPUs that are not there, and holds what comes out to `triton_budget.json`.
+"""Compiles the kernels for GPUs that are not there, and holds what comes out to `triton_budget_*.json`.
+
+Each release of Triton makes other code of them, so a release has a budget of its own; one that has none is held to the
+newest that there is.
 
     python compiled.py            a selection: each kernel, each architecture, each kind of unpacking
     python compiled.py --all      every kernel, width, grid, configuration and architecture
@@ -27,22 +30,22 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from trifold.kernels.rounded_input import triton_int8, triton_int8_kernel
+from trifold.kernels.rounded_input import triton_product, triton_product_kernel, triton_round_kernel
 from trifold.kernels.weight_only.planes import activations, dequantize, gemm, ops
 from trifold.kernels.weight_only.planes.configs import CONFIGS
 from trifold.kernels.weight_only.planes.layout import SLOT, layout_of
 
-BUDGET = Path(__file__).with_name("triton_budget.json")
+HERE = Path(__file__).parent
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 GRIDS = {4: ("int", "nf4", "fp4_e2m1"), 8: ("int", "fp8_e4m3")}
 TYPES = {"x": "*bf16", "y": "*bf16", "w": "*bf16", "bias": "*bf16", "a": "*fp16", "scale": "*bf16", "zero": "*u8"} | {
     **dict.fromkeys(("p0", "p1", "p2"), "*i16"),
     **dict.fromkeys(("sum", "inverse", "partial"), "*fp32"),
-    **dict.fromkeys(("token", "row"), "*fp32"),
+    **dict.fromkeys(("token", "row", "given", "weight"), "*fp32"),
+    "code": "*i8",
     **dict.fromkeys(("count", "offset", "bounds"), "*i32"),
     "order": "*i64",
-    "weight": "*fp32",
 }
 
 
@@ -55,6 +58,7 @@ class Case(NamedTuple):
     options: dict
     weights: int
     selected: dict[int, bool]
+    oldest: int = 80
 
 
 def numbers(bits, grid, group=128):
@@ -97,16 +101,30 @@ def cases():
             f"prepare {block}", activations.prepare, constants, options, 0, dict.fromkeys((80, 89, 90), block > 1024)
         )
 
-    for limit, config in triton_int8.CONFIGS.items():
-        constants = {"OFFSET": True, "BIAS": True, "WHOLE": False, "BM": config.bm, "BN": config.bn, "BK": config.bk}
+    for limit, config in triton_product.CONFIGS.items():
+        tiles = {"BM": config.bm, "BN": config.bn, "BK": config.bk, "BIAS": True, "WHOLE": limit > 16, "SHARED": True}
         options = {"num_warps": config.warps, "num_stages": config.stages}
-        usual = {80: False, 89: limit == 128, 90: True}
-        yield Case(f"int8 m{limit}", triton_int8_kernel.multiply, constants, options, 0, usual)
+        weights = config.bn * config.bk
+        for name, floats, group in (("int8", False, 0), ("fp8", True, 0), ("fp8 grouped", True, 128)):
+            constants = tiles | {"FLOAT": floats, "GROUP": group, "OFFSET": not floats}
+            usual = {80: False, 89: limit == 128 and not group, 90: group == 0 or limit == 16}
+            kernel, kind = triton_product_kernel.multiply, f"{name} m{limit}"
+            yield Case(kind, kernel, constants, options, weights, usual, 89 if floats else 80)
+    for name, constants in (("int8", {"LARGEST": 127.0, "FLOAT": False}), ("fp8", {"LARGEST": 448.0, "FLOAT": True})):
+        for block in (1024, 16384):
+            more, options = {"STATIC": False, "BLOCK": block}, {"num_warps": block // 1024}
+            usual = {80: block == 1024, 89: False, 90: block > 1024}
+            yield Case(f"round {name} {block}", triton_round_kernel.round_tokens, constants | more, options, 0, usual)
 
 
 def _type(case, name):
-    if case.kernel is triton_int8_kernel.multiply and name in ("x_ptr", "codes_ptr", "sum_ptr"):
-        return "*i32" if name == "sum_ptr" else "*i8"
+    floats = case.constants.get("FLOAT")
+    if name in ("x_ptr", "codes_ptr") and case.kernel is triton_product_kernel.multiply:
+        return "*fp8e4nv" if floats else "*i8"
+    if name == "scale_ptr" and case.kernel is triton_round_kernel.round_tokens:
+        return "*fp32"
+    if "FLOAT" in case.constants and name in ("sum_ptr", "partial_ptr"):
+        return "*fp32" if floats and name == "partial_ptr" else "*i32"
     return TYPES.get(name.removesuffix("_ptr"), "i32")
 
 
@@ -168,6 +186,13 @@ def complaints(name, found, limit, architecture, tolerance):
         yield f"{name}: {found['per_weight']} instructions per weight, the budget is {limit['per_weight']}"
 
 
+def budget_file(recorded):
+    """The budget of this release of Triton; if it has none, and none is being recorded, that of the newest."""
+    found = {tuple(map(int, re.findall(r"\d+", path.stem))): path for path in HERE.glob("triton_budget_*.json")}
+    release = tuple(map(int, triton.__version__.split(".")[:2]))
+    return HERE / f"triton_budget_{release[0]}.{release[1]}.json" if recorded else found.get(release, found[max(found)])
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--all", action="store_true")
@@ -175,12 +200,14 @@ def main():
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--tolerance", type=float, default=1.04, help="of another compiler's release")
     options = parser.parse_args()
-    budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+    file = budget_file(options.record)
+    budget = json.loads(file.read_text()) if file.exists() else {}
     wrong, table = [], {}
     for case in cases():
         for architecture in SHARED_MEMORY:
             name = f"{case.name} sm_{architecture}"
-            if not (options.all or options.record or case.selected[architecture]) or options.only not in name:
+            wanted = options.all or options.record or case.selected[architecture]
+            if architecture < case.oldest or not wanted or options.only not in name:
                 continue
             table[name] = measure(case, architecture)
             print(name, table[name], flush=True)
@@ -188,8 +215,8 @@ def main():
             wrong += complaints(name, table[name], limit, architecture, options.tolerance)
     if options.record:
         rows = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in ({**budget, **table}).items()]
-        BUDGET.write_text("{\n" + ",\n".join(rows) + "\n}\n")
-    print("\n".join(wrong) or f"{len(table)} kernels are within the budget of triton_budget.json")
+        file.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    print("\n".join(wrong) or f"{len(table)} kernels are within the budget of {file.name}")
     return bool(wrong)
 
 

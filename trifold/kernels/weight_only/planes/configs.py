@@ -1,7 +1,7 @@
 """Which tiles the product runs with, by width and number of tokens: a table, not a search.
 
 What chose the entries is counted in the compiled code: instructions per weight, registers, shared memory, in
-`tests/kernels/triton_checks/triton_budget.json`. None has been timed on a GPU.
+`tests/kernels/triton_checks/triton_budget_*.json`. None has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -35,9 +35,6 @@ CONFIGS: dict[int, dict[int, Config]] = {
 """By bits and by the largest number of tokens; the last also for more. The more slots a tile has, the more registers a
 block needs. With two warps Hopper's compiler does not take its asynchronous instruction, whose sums would have to be
 waited for at every scale."""
-_WARPS = 12  # of a processor, that have work; six blocks of two keep enough loads under way
-_TILES = 4  # in which a pipeline fills
-_MOST_SHARES = 32
 _MOST_BLOCKS = 8  # of tokens, that unpack the same weights
 
 
@@ -53,8 +50,3 @@ def dense_from(bits: int) -> int:
     at half the rate of the library. Widths without a configuration for many tokens give up earlier.
     """
     return _MOST_BLOCKS * max(CONFIGS[bits])
-
-
-def share(config: Config, blocks: int, tiles: int, processors: int) -> int:
-    """How many programs share each of the blocks that y is cut into, so that every processor of the GPU has work."""
-    return max(1, min(processors * _WARPS // config.warps // max(blocks, 1), tiles // _TILES, _MOST_SHARES))

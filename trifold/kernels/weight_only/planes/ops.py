@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from trifold.core.tables import TABLES
-from trifold.kernels.weight_only.planes.configs import choose, share
+from trifold.kernels.shares import processors, share, workspace
+from trifold.kernels.weight_only.planes.configs import choose
 from trifold.kernels.weight_only.planes.layout import SLOT, Layout, layout_of
 
 _BLOCK = 16384  # inputs that a block prepares at once, 16 warps at most
@@ -29,11 +30,6 @@ def grid_of(name: str) -> Any:
     return tuple(zip(values, [half & 0xFFFF for half in halves.tolist()], strict=True))
 
 
-@lru_cache(maxsize=8)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def _numbers(planes: list[torch.Tensor], scale: torch.Tensor, zero: torch.Tensor | None) -> list[torch.Tensor]:
     """Three planes, scale and zero, in the order of the kernels; what is not there is never read."""
     return [*planes, *[planes[0]] * (3 - len(planes)), scale, scale if zero is None else zero]
@@ -47,13 +43,6 @@ def _constants(bits: int, group: int, grid: str, midpoint: float, zero: torch.Te
         "MIDPOINT": midpoint,
         "ASYMMETRIC": zero is not None,
     }
-
-
-def _workspace(x: torch.Tensor, parts: int, blocks: int, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where `parts` programs that share a block leave their sums, and how many of them have; nothing for one."""
-    several = parts > 1
-    partial = x.new_empty((parts, *y.shape) if several else 0, dtype=torch.float32)
-    return partial, x.new_empty(blocks if several else 0, dtype=torch.int32)
 
 
 def _prepared(
@@ -100,10 +89,10 @@ def plane_linear(
     layout, (tokens, in_features), out_features = layout_of(bits), x.shape, scale.shape[1]
     tiles, flush, config = layout.tiles(in_features), gcd(group, layout.tile), choose(bits, tokens)
     blocks = triton.cdiv(tokens, config.bm) * triton.cdiv(out_features, config.bn)
-    parts = share(config, blocks, tiles, _processors(x.device))
+    parts = share(config.warps, blocks, tiles, processors(x.device))
     y = x.new_empty(tokens, out_features)
     with torch.cuda.device_of(x):
-        partial, count = _workspace(x, parts, blocks, y)
+        partial, count = workspace(y, parts, blocks)
         multiply[(blocks, parts)](
             *_prepared(x, count, layout, flush, grid), *_numbers(planes, scale, zero),
             scale if bias is None else bias, y, partial, count, tokens, out_features, tiles, len(scale),
@@ -148,10 +137,10 @@ def plane_experts(
     config = choose(bits, -(-slots // experts))
     m_blocks = (slots + min(experts, slots) * (config.bm - 1)) // config.bm
     blocks = m_blocks * triton.cdiv(out_features, config.bn)
-    parts = share(config, blocks, tiles, _processors(x.device))
+    parts = share(config.warps, blocks, tiles, processors(x.device))
     y = x.new_zeros(slots, out_features)
     with torch.cuda.device_of(x):
-        partial, count = _workspace(x, parts, blocks, y)
+        partial, count = workspace(y, parts, blocks)
         a, sums, inverse = _prepared(x, count, layout, flush, grid)
         multiply_experts[(blocks, parts)](
             a, sums, inverse, order, bounds, inverse if weight is None else weight.reshape(-1),
