@@ -5,7 +5,7 @@ newest that there is.
 
     python compiled.py            a selection: each kernel, each architecture, each kind of unpacking
     python compiled.py --all      every kernel, width, grid, configuration and architecture
-    python compiled.py --record   the same, and writes the budget
+    python compiled.py --record   writes the budget, of the selection or with --all
 
 Of each: no register is spilled, shared memory fits, and the main loop has no more instructions per weight than the
 budget says, but for a few per cent.
@@ -206,7 +206,7 @@ def main():
     for case in cases():
         for architecture in SHARED_MEMORY:
             name = f"{case.name} sm_{architecture}"
-            wanted = options.all or options.record or case.selected[architecture]
+            wanted = options.all or case.selected[architecture]
             if architecture < case.oldest or not wanted or options.only not in name:
                 continue
             table[name] = measure(case, architecture)

@@ -21,6 +21,8 @@ class PlaneExperts(ExpertsOp):
     def supports(self, spec: Spec, experts: int, slots: int) -> str | None:
         if slots >= dense_from(spec["bits"]) * experts:
             return f"{slots} tokens for {experts} experts are worth dense tiles"
+        if slots * spec["shape"][0] >= 2**31:
+            return f"{slots} tokens of out_features={spec['shape'][0]} overflow an int32 index"
         return None
 
     def run(

@@ -151,8 +151,8 @@ def multiply_experts(
     rank = block - tl.sum(tl.where(before, blocks, 0), axis=0)
     end = tl.sum(tl.where(i == expert, ends, 0), axis=0)
     place = tl.sum(tl.where(i == expert, begins, 0), axis=0) + rank * BM + tl.arange(0, BM)
-    slot = tl.load(order_ptr + tl.minimum(place, end - 1))
-    m = (slot // CHOICES).to(tl.int32)
+    slot = tl.load(order_ptr + tl.minimum(place, end - 1)).to(tl.int32)
+    m = slot // CHOICES
     n = pid // M_BLOCKS * BN + tl.arange(0, BN)
     inside = (n < N)[:, None] & (place < end)[None, :]
     n = tl.minimum(n, N - 1)
@@ -163,7 +163,7 @@ def multiply_experts(
         p2_ptr + weight * words(LAYOUT, 2), scale_ptr + groups, zero_ptr + groups, n, m, M, N, TILES, GROUPS,
         LAYOUT, GRID, GROUP, FLUSH, MIDPOINT, ASYMMETRIC, BN, BM,
     )  # fmt: skip
-    place = slot[None, :].to(tl.int64) * N + n[:, None]
+    place = slot[None, :] * N + n[:, None]
     total, whole = add_up(total, partial_ptr, count_ptr, pid, tl.cast(SLOTS, tl.int64) * N, place, inside, SHARED)
     if whole:
         y = total * unit(GRID) * tl.load(inverse_ptr + m)[None, :]
