@@ -16,6 +16,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@lru_cache(maxsize=8)
+def is_hopper(device: torch.device) -> bool:
+    """Compute capability 9.x; true of a CPU, which takes its part in the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+
+
 def share(warps: int, blocks: int, steps: int, processors: int) -> int:
     """How many programs of `warps` each share one of the blocks that a result is cut into, of `steps` steps."""
     return max(1, min(processors * _WARPS // warps // max(blocks, 1), steps // _STEPS, _MOST))

@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 
 from trifold.kernels.rounded_input import triton_product, triton_product_kernel, triton_round_kernel
 from trifold.kernels.weight_only.planes import activations, dequantize, gemm, ops
-from trifold.kernels.weight_only.planes.configs import CONFIGS
+from trifold.kernels.weight_only.planes.configs import CONFIGS, MIDDLE
 from trifold.kernels.weight_only.planes.layout import SLOT, layout_of
 
 HERE = Path(__file__).parent
@@ -89,6 +89,15 @@ def cases():
                     f"experts {grid}{bits if grid == 'int' else ''} m{limit}", gemm.multiply_experts,
                     numbers(bits, grid) | constants | more, options, config.bn * tile,
                     {80: False, 89: False, 90: usual and limit == 8},
+                )  # fmt: skip
+            if bits in MIDDLE and grid in ops.COMPUTED:
+                config = MIDDLE[bits]
+                constants |= {"BM": config.bm, "BN": config.bn, "SHARED": False}
+                options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers}
+                yield Case(
+                    f"multiply {grid}{bits if grid == 'int' else ''} m{config.bm}", gemm.multiply,
+                    numbers(bits, grid) | constants, options, config.bn * tile,
+                    {90: bits == 4 and grid == "int"}, 90,
                 )  # fmt: skip
             usual = bits in (3, 4)
             yield Case(
@@ -206,7 +215,7 @@ def main():
     for case in cases():
         for architecture in SHARED_MEMORY:
             name = f"{case.name} sm_{architecture}"
-            wanted = options.all or case.selected[architecture]
+            wanted = options.all or case.selected.get(architecture)
             if architecture < case.oldest or not wanted or options.only not in name:
                 continue
             table[name] = measure(case, architecture)

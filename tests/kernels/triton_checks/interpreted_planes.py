@@ -51,6 +51,14 @@ def test_every_configuration(bits):
         check(weight, activations(tokens, 300, HALF[tokens % 2]))
 
 
+def test_more_tokens_at_once_where_that_is_work_enough(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ops, "choose_for", lambda *a: seen.append(configs.choose_for(*a)) or seen[-1])
+    for weight in (quantized(70, 172, 4, 64, False), other(70, 172, 64, **OTHERS[3])):
+        check(weight, activations(130, 172, torch.bfloat16), True)
+    assert [config.bm for config in seen] == [128, 128]
+
+
 @pytest.mark.parametrize("bits", [3, 4, 6])
 def test_shares_are_added_up_in_their_order(bits, monkeypatch):
     weight = quantized(70, layout_of(bits).tile * 5 - 7, bits, 128, False)

@@ -35,12 +35,25 @@ CONFIGS: dict[int, dict[int, Config]] = {
 """By bits and by the largest number of tokens; the last also for more. The more slots a tile has, the more registers a
 block needs. With two warps Hopper's compiler does not take its asynchronous instruction, whose sums would have to be
 waited for at every scale."""
+MIDDLE: dict[int, Config] = {4: Config(64, 128, 4, 3, 255), 8: Config(64, 128, 4, 3, 255)}
+"""By bits, for more tokens than the others take at once, where that makes blocks enough for all processors: half the
+instructions for a token on Hopper, whose instruction takes weights from registers and tokens from shared memory; no gain
+on others. Sums are not shared, and numbers not looked up; both would need more registers."""
 _MOST_BLOCKS = 8  # of tokens, that unpack the same weights
 
 
 def choose(bits: int, tokens: int) -> Config:
     found = CONFIGS[bits]
     return found[next((limit for limit in found if tokens <= limit), max(found))]
+
+
+def choose_for(bits: int, tokens: int, out_features: int, processors: int, middle: bool) -> Config:
+    """The same for one product; middle: whether MIDDLE is for this GPU and grid."""
+    found, wide = choose(bits, tokens), MIDDLE.get(bits)
+    if wide is None or not middle or tokens <= found.bm:
+        return found
+    blocks = -(-tokens // wide.bm) * -(-out_features // wide.bn)
+    return wide if blocks >= processors else found
 
 
 def dense_from(bits: int) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from trifold.core.tables import TABLES
-from trifold.kernels.shares import processors, share, workspace
-from trifold.kernels.weight_only.planes.configs import choose
+from trifold.kernels.shares import is_hopper, processors, share, workspace
+from trifold.kernels.weight_only.planes.configs import MIDDLE, choose, choose_for
 from trifold.kernels.weight_only.planes.layout import SLOT, Layout, layout_of
 
 _BLOCK = 16384  # inputs that a block prepares at once, 16 warps at most
@@ -87,9 +87,10 @@ def plane_linear(
     from trifold.kernels.weight_only.planes.gemm import multiply
 
     layout, (tokens, in_features), out_features = layout_of(bits), x.shape, scale.shape[1]
-    tiles, flush, config = layout.tiles(in_features), gcd(group, layout.tile), choose(bits, tokens)
+    tiles, flush, many = layout.tiles(in_features), gcd(group, layout.tile), processors(x.device)
+    config = choose_for(bits, tokens, out_features, many, grid in COMPUTED and is_hopper(x.device))
     blocks = triton.cdiv(tokens, config.bm) * triton.cdiv(out_features, config.bn)
-    parts = share(config.warps, blocks, tiles, processors(x.device))
+    parts = 1 if config in MIDDLE.values() else share(config.warps, blocks, tiles, many)
     y = x.new_empty(tokens, out_features)
     with torch.cuda.device_of(x):
         partial, count = workspace(y, parts, blocks)
