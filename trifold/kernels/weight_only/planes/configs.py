@@ -37,7 +37,7 @@ block needs. With two warps Hopper's compiler does not take its asynchronous ins
 waited for at every scale."""
 MIDDLE: dict[int, Config] = {4: Config(64, 128, 4, 3, 255), 8: Config(64, 128, 4, 3, 255)}
 """By bits, for more tokens than the others take at once, where that makes blocks enough for all processors: half the
-instructions for a token on Hopper, whose instruction takes weights from registers and tokens from shared memory; no gain
+instructions for a token on Hopper, whose instruction takes weights from registers; no gain
 on others. Sums are not shared, and numbers not looked up; both would need more registers."""
 _MOST_BLOCKS = 8  # of tokens, that unpack the same weights
 
