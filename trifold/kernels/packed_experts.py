@@ -90,7 +90,7 @@ class PackedExperts(nn.Module):
         return self._shell._apply_gate(x) if self.has_gate else self._shell.act_fn(x)
 
     def _routed(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        if not self._watched(x) and (y := self._at_once(x, index, weights)) is not None:
+        if not self._watched(x, weights) and (y := self._at_once(x, index, weights)) is not None:
             return y.view(*index.shape, -1).sum(1).to(x.dtype)
         total = torch.zeros_like(x)
         chosen = set(index.unique().tolist())
@@ -118,9 +118,11 @@ class PackedExperts(nn.Module):
                 total[e, rows] = self._run(e, part, rows)
         return total.view_as(x)
 
-    def _watched(self, x: torch.Tensor) -> bool:
+    def _watched(self, *given: torch.Tensor) -> bool:
         """Whether experts must run one by one: somebody wants gradients, or watches or replaces what single ones do."""
-        if not len(x) or self.shown or (torch.is_grad_enabled() and x.requires_grad):
+        if not len(given[0]) or self.shown:
+            return True
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *self.parameters())):
             return True
         modules = [module for expert in self._experts() for module in (expert, expert.up, expert.down)]
         return any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules)

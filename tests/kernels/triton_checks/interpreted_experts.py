@@ -108,8 +108,8 @@ def test_what_is_no_number_stays_with_its_token():
 
 def test_the_operator_is_as_torch_wants_it():
     linears = experts(quantized(7, 43, 3, 32, False), 5, True)
-    tensors, bias = Stack(linears, PlaneGemm())._tensors()
-    keywords = arguments(tensors, linears[0].spec) | {"bias": bias, "weight": torch.rand(6)}
+    stack = Stack(linears, PlaneGemm())
+    keywords = arguments(stack.tensors(), linears[0].spec) | {"bias": stack.bias(), "weight": torch.rand(6)}
     x, routing = activations(3, 43, torch.float16), route(choices(3, 2), 5)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.plane_experts, (x, *routing), keywords, test_utils=checks)
@@ -187,6 +187,7 @@ def test_a_mixture_that_runs_on_it(monkeypatch):
     twin.get_submodule("2.down").bias.data += 1
     assert not torch.equal(twin(x, index, weights), y) and torch.equal(module(x, index, weights), y)
     module.get_submodule("1.up").weight_scale *= 2  # portable again, and changed: the stack is made anew
+    module.get_submodule("3.down").bias.data = module.get_submodule("3.down").bias + 1
     changed = module(x, index, weights)
     assert not torch.equal(changed, y)
     torch.testing.assert_close(changed, one_by_one(module, x, index, weights), rtol=5e-3, atol=5e-2)
@@ -199,6 +200,7 @@ def test_single_experts_run_where_somebody_looks_or_they_differ(monkeypatch):
     module = packed()
     x, index, weights = activations(3, 43, torch.float16), choices(3, 2), torch.rand(3, 2).half()
     module(x.clone().requires_grad_(), index, weights).sum().backward()
+    module(x, index, weights.clone().requires_grad_()).sum().backward()
     module.shown = frozenset({1})
     module(x, index, weights)
     module.shown = frozenset()

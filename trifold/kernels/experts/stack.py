@@ -30,29 +30,25 @@ class Stack:
                 for name, tensor in linear.hold(op).items():
                     whole[name][e].copy_(tensor)
                 linear.share({name: t[e] for name, t in whole.items()}, self)
-            if linears[0].bias is not None:
-                biases = torch.stack([linear.bias for linear in linears])
-                for linear, values in zip(linears, biases, strict=True):
-                    linear.bias.data = values
-        self._biases = [linear.bias for linear in linears]
 
     def of(self, linears: Sequence[nn.Module], op: Op) -> bool:
         """Whether these are its linears, and still hold its tensors."""
         if self.op is not op or len(linears) != len(self.linears):
             return False
-        held = zip(linears, self.linears, self._biases, strict=True)
-        return all(linear is mine and mine.shared is self and mine.bias is bias for linear, mine, bias in held)
+        return all(linear is mine and mine.shared is self for linear, mine in zip(linears, self.linears, strict=True))
 
     def run(self, op: ExpertsOp, x: torch.Tensor, routing: Routing, weight: torch.Tensor | None) -> torch.Tensor:
         """x, rows as the routing says, or one for k slots -> (slots, out)."""
-        tensors, bias = self._tensors()
-        return op.run(x, routing, weight, tensors, self.linears[0].spec, bias)
+        return op.run(x, routing, weight, self.tensors(), self.linears[0].spec, self.bias())
 
-    def _tensors(self) -> tuple[Tensors, torch.Tensor | None]:
-        """The tensors with a first dimension of linears, and their biases likewise."""
-        first = self.linears[0]
-        whole = {name: self._whole(tensor) for name, tensor in first.hold(self.op).items()}
-        return whole, None if first.bias is None else self._whole(first.bias.detach())
+    def tensors(self) -> Tensors:
+        """The tensors with a first dimension of linears."""
+        return {name: self._whole(tensor) for name, tensor in self.linears[0].hold(self.op).items()}
+
+    def bias(self) -> torch.Tensor | None:
+        """(linears, out), or None."""
+        biases = [linear.bias.detach() for linear in self.linears if linear.bias is not None]
+        return torch.stack(biases) if biases else None
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.as_strided((len(self.linears), *tensor.shape), (tensor.numel(), *tensor.stride()))
