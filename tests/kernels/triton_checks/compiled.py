@@ -1,7 +1,7 @@
 """Compiles the kernels for GPUs that are not there, and holds what comes out to `triton_budget_*.json`.
 
-Each release of Triton makes other code of them, so a release has a budget of its own; one that has none is held to the
-newest that there is.
+Each release of Triton makes other code of them, so a release has a budget of its own; what that does not name is held
+to the newest's.
 
     python compiled.py            a selection: each kernel, each architecture, each kind of unpacking
     python compiled.py --all      every kernel, width, grid, configuration and architecture
@@ -195,11 +195,13 @@ def complaints(name, found, limit, architecture, tolerance):
         yield f"{name}: {found['per_weight']} instructions per weight, the budget is {limit['per_weight']}"
 
 
-def budget_file(recorded):
-    """The budget of this release of Triton; if it has none, and none is being recorded, that of the newest."""
+def budgets():
+    """(file of this release of Triton, its budget, the same with what the newest says of kernels it has not)."""
     found = {tuple(map(int, re.findall(r"\d+", path.stem))): path for path in HERE.glob("triton_budget_*.json")}
     release = tuple(map(int, triton.__version__.split(".")[:2]))
-    return HERE / f"triton_budget_{release[0]}.{release[1]}.json" if recorded else found.get(release, found[max(found)])
+    file = HERE / f"triton_budget_{release[0]}.{release[1]}.json"
+    own = json.loads(file.read_text()) if file.exists() else {}
+    return file, own, (json.loads(found[max(found)].read_text()) if found else {}) | own
 
 
 def main():
@@ -209,8 +211,7 @@ def main():
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--tolerance", type=float, default=1.04, help="of another compiler's release")
     options = parser.parse_args()
-    file = budget_file(options.record)
-    budget = json.loads(file.read_text()) if file.exists() else {}
+    file, own, budget = budgets()
     wrong, table = [], {}
     for case in cases():
         for architecture in SHARED_MEMORY:
@@ -223,9 +224,9 @@ def main():
             limit = table[name] if options.record else budget.get(name)
             wrong += complaints(name, table[name], limit, architecture, options.tolerance)
     if options.record:
-        rows = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in ({**budget, **table}).items()]
+        rows = [f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in ({**own, **table}).items()]
         file.write_text("{\n" + ",\n".join(rows) + "\n}\n")
-    print("\n".join(wrong) or f"{len(table)} kernels are within the budget of {file.name}")
+    print("\n".join(wrong) or f"{len(table)} kernels are within the budget")
     return bool(wrong)
 
 
