@@ -28,7 +28,7 @@ CONFIGS: dict[int, dict[int, Config]] = {
     3: _WIDE | {8: Config(64, 8, 2, 3, 255)},
     4: _NARROW | _MORE,
     5: _WIDE,
-    6: _NARROW | {16: Config(64, 16, 2, 4, 255)},
+    6: {8: Config(64, 8, 2, 4, 200), 16: Config(64, 16, 2, 4, 255)},
     7: _WIDE,
     8: _NARROW | _MORE,
 }
