@@ -47,7 +47,7 @@ check-triton36:
 	grep -vE '^(triton|numpy)==' constraints.txt > $(OLD)/constraints.txt
 	$(OLD)/bin/pip install --quiet --disable-pip-version-check -c $(OLD)/constraints.txt torch
 	$(OLD)/bin/pip install --quiet --disable-pip-version-check -c $(OLD)/constraints.txt -e '.[dev]' 'triton==3.6.0' 'numpy<2.4'
-	$(OLD)/bin/python -m pytest -q tests/kernels/test_planes.py tests/kernels/test_triton_int8.py tests/kernels/test_triton.py
+	$(OLD)/bin/python -m pytest -q tests/kernels/test_planes.py tests/kernels/test_triton_rounded.py tests/kernels/test_triton.py
 
 # Values and speed on this machine's GPU, in less than 8 minutes; results go to benchmarks/results/. GPU_PYTHON is one
 # whose torch has CUDA.

@@ -10,9 +10,10 @@ from packed_samples import GROUPS, OTHERS, WIDTHS, layer, other, quantized
 from trifold.core.tables import TABLES, Table
 from trifold.formats import digest
 from trifold.kernels import explain, gpu
+from trifold.kernels.shares import share
 from trifold.kernels.weight_only.planes import op as planes_op
 from trifold.kernels.weight_only.planes import ops
-from trifold.kernels.weight_only.planes.configs import CONFIGS, choose, dense_from, share
+from trifold.kernels.weight_only.planes.configs import CONFIGS, choose, choose_for, dense_from
 from trifold.kernels.weight_only.planes.layout import SLOT, layout_of, pack_planes, unpack_planes
 from trifold.kernels.weight_only.planes.op import PlaneGemm
 
@@ -113,9 +114,12 @@ def test_every_number_of_tokens_has_a_configuration():
             assert choose(bits, tokens) in CONFIGS[bits].values()
         assert [choose(bits, limit).bm for limit in CONFIGS[bits]] == list(CONFIGS[bits])
     config = choose(4, 1)
-    assert share(config, 1, 8192, 64, 132) > 1  # 128 blocks do not fill an H200
-    assert share(config, 1, 128256, 32, 132) == 1  # the head does
-    assert share(config, 1, 64, 2, 132) == 1  # no inputs to share
+    assert share(config.warps, -(-8192 // config.bn), 64, 132) > 1  # 128 blocks do not fill an H200
+    assert share(config.warps, -(-128256 // config.bn), 32, 132) == 1  # the head does
+    assert share(config.warps, 1, 2, 132) == 1  # no inputs to share
+    assert choose_for(4, 65, 8192, 132, True).bm == 64  # 128 blocks of 128 tokens do not fill an H200
+    assert choose_for(4, 129, 8192, 132, True).bm == 128 and choose_for(4, 64, 10**6, 132, True).bm == 64
+    assert choose_for(4, 129, 8192, 132, False).bm == choose_for(2, 511, 8192, 132, True).bm * 2 == 64
 
 
 def test_the_operators_have_fakes():

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 CHECKS = HERE / "triton_checks"
@@ -33,9 +34,8 @@ def process(*command, **variables):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", [path.stem for path in sorted(CHECKS.glob("interpreted_*.py"))])
-def test_values_in_the_interpreter(name):
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", CHECKS / f"{name}.py")
+def test_values_in_the_interpreter():
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *sorted(CHECKS.glob("interpreted_*.py")))
     assert " passed" in process(*command, TRITON_INTERPRET="1")
 
 
@@ -47,3 +47,20 @@ def test_compiled_code_keeps_the_budget(tmp_path):
 
 def test_without_triton_everything_else_works():
     assert process("-c", WITHOUT) == "triton is not installed\n"
+
+
+@needs_triton
+def test_the_check_for_gpus_runs_as_far_as_there_is_none():
+    script = HERE.parents[1] / "benchmarks" / "gpu_check.py"
+    said = process(script, "--dry-run", TRITON_INTERPRET="1")  # its exit code says that all values are right
+    rows = [line for line in said.splitlines() if line.startswith("| ")]
+    assert sum(line.endswith(" none |") for line in rows) == 10
+    assert sum("Error" in line for line in rows) == 2  # the products of others that want a GPU, or are not here
+    assert "'times faster': " in said and "experts.planes" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_check_for_gpus_measures_nothing_without_one():
+    script = HERE.parents[1] / "benchmarks" / "gpu_check.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode and "no GPU here, so nothing was checked or measured" in done.stderr

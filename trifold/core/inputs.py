@@ -66,7 +66,7 @@ class InputScheme:
 
 def _scale(largest: torch.Tensor, scheme: InputScheme) -> torch.Tensor:
     """Largest magnitudes -> scales; where that is zero any would do, and it is 1."""
-    scale = largest / scheme.largest
+    scale = largest / torch.full_like(largest, scheme.largest)  # by a number, GPUs multiply by its inverse instead
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 

@@ -14,9 +14,11 @@ import torch
 
 from trifold.core.errors import InputError, unknown_name
 from trifold.formats.base import Spec, label
+from trifold.kernels.experts.op import ExpertsOp
+from trifold.kernels.experts.planes import PlaneExperts
 from trifold.kernels.op import Op
 from trifold.kernels.rounded_input import blockwise as rounded_blockwise
-from trifold.kernels.rounded_input import cpu_int8, torch_fp8, torch_int8, triton_int8
+from trifold.kernels.rounded_input import cpu_int8, torch_fp8, torch_int8, triton_fp8, triton_int8
 from trifold.kernels.rounded_input import naive as rounded_naive
 from trifold.kernels.weight_only import blockwise, cpu, dense, naive, onednn, torch_int4
 from trifold.kernels.weight_only import torch_int8 as weight_int8
@@ -56,10 +58,14 @@ TABLE: tuple[Row, ...] = (
     Row(("int", "affine"), "int", "cpu", None, cpu_int8.CompiledInt8("amx")),
     Row(("int", "affine"), "int", "cpu", None, cpu_int8.CompiledInt8("avx512_bf16")),
     Row(("int",), "int", "cuda", None, triton_int8.TritonInt8()),
+    Row(("fp8",), "fp8_e4m3", "cuda", None, triton_fp8.TritonFP8()),
     Row(("fp8",), "fp8_e4m3", None, None, torch_fp8.TorchFP8()),
     Row(None, "rounded", None, None, rounded_blockwise.Blockwise()),
     Row(None, "rounded", None, None, rounded_naive.Naive()),
 )
+
+EXPERTS: dict[str, ExpertsOp] = {planes.PlaneGemm.name: PlaneExperts()}
+"""By the op of one expert: what runs all of them at once. The others run one by one."""
 
 
 @dataclass(frozen=True)
@@ -136,3 +142,13 @@ def explain(spec: Spec, dtype: torch.dtype, device: torch.device | str, in_place
         return Choice(spec["format"], {}, tuple(explain(part, dtype, device) for part in spec["parts"]))
     op, rejected = _choose(spec, dtype, torch.device(device), in_place)
     return Choice(op.name, rejected)
+
+
+def resolve_experts(op: str, spec: Spec, experts: int, slots: int) -> tuple[ExpertsOp | None, str]:
+    """What runs experts of one spec, each of which `op` runs, with `slots` tokens for all of them together.
+
+    None, and the reason, if they run one by one.
+    """
+    found = EXPERTS.get(op)
+    reason = f"{op} runs one expert at a time" if found is None else found.supports(spec, experts, slots)
+    return (found, "") if reason is None else (None, reason)

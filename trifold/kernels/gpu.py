@@ -11,8 +11,8 @@ _CAPABILITY = (8, 0)
 
 
 @lru_cache(maxsize=8)
-def no_gpu(device: torch.device) -> str | None:
-    """Why they do not run on a device, or None."""
+def no_gpu(device: torch.device, needed: tuple[int, int] = _CAPABILITY) -> str | None:
+    """Why they do not run on a device, or None. needed: the compute capability."""
     if find_spec("triton") is None:
         return "triton is not installed"
     if not torch.cuda.is_available():
@@ -20,4 +20,4 @@ def no_gpu(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "it is made for NVIDIA's GPUs"
     capability = torch.cuda.get_device_capability(device)
-    return None if capability >= _CAPABILITY else f"compute capability {capability} is below {_CAPABILITY}"
+    return None if capability >= needed else f"compute capability {capability} is below {needed}"

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from trifold.kernels.experts.routing import route
+from trifold.kernels.experts.stack import together
+
 _FLAGS = ("is_transposed", "has_bias", "has_gate")  # what transformers writes on experts it can dispatch
 _UNROUTED = "Llama4TextExperts"  # gets every token for every expert, zero where the router did not choose it
 
@@ -40,7 +43,8 @@ class PackedExperts(nn.Module):
     """Takes the place of a module that `is_stacked`; same arguments, same outputs.
 
     The linears are views of the stacked parameters until something replaces them; the stacked module itself is
-    not changed. Only experts that the router chose run, and only their packed rows are read.
+    not changed. Only experts that the router chose run, and only their packed rows are read; all in one product
+    where there is a kernel for that and no gradient is wanted.
     shown: experts that are to see every token, without any effect on the output; calibration wants that of
     those that too few tokens reach.
     """
@@ -86,6 +90,8 @@ class PackedExperts(nn.Module):
         return self._shell._apply_gate(x) if self.has_gate else self._shell.act_fn(x)
 
     def _routed(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        if not self._watched(x, weights) and (y := self._at_once(x, index, weights)) is not None:
+            return y.view(*index.shape, -1).sum(1).to(x.dtype)
         total = torch.zeros_like(x)
         chosen = set(index.unique().tolist())
         for e in sorted((chosen | self.shown) & set(range(self.count))):
@@ -96,6 +102,11 @@ class PackedExperts(nn.Module):
 
     def _unrouted(self, x: torch.Tensor) -> torch.Tensor:
         parts = x.view(self.count, -1, x.shape[-1])
+        if not self._watched(x):
+            number = torch.arange(self.count, device=x.device).unsqueeze(1)
+            index = torch.where(parts.any(-1), number, self.count).view(-1, 1)
+            if (y := self._at_once(x, index, None)) is not None:
+                return y.to(x.dtype)
         total = torch.zeros_like(parts)
         everything = parts.sum(0)
         for e, part in enumerate(parts):
@@ -106,6 +117,34 @@ class PackedExperts(nn.Module):
             elif len(rows):
                 total[e, rows] = self._run(e, part, rows)
         return total.view_as(x)
+
+    def _watched(self, *given: torch.Tensor) -> bool:
+        """Whether experts must run one by one: somebody wants gradients, or watches or replaces what single ones do."""
+        if not len(given[0]) or self.shown:
+            return True
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*given, *self.parameters())):
+            return True
+        modules = [module for expert in self._experts() for module in (expert, expert.up, expert.down)]
+        return any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules)
+
+    def _experts(self) -> list[Any]:
+        return [self._modules[str(e)] for e in range(self.count)]
+
+    def _at_once(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor | None:
+        """x (tokens, hidden), index and weights (tokens, k) -> (tokens * k, hidden), weighted; zero where the expert
+        is none of these. None if there is no kernel for all of them."""
+        experts, slots = self._experts(), index.numel()
+        up = together([expert.up for expert in experts], x, slots)
+        down = together([expert.down for expert in experts], x, slots)
+        if up is None or down is None:
+            return None
+        routing, normed = route(index, self.count), hasattr(self, "post_expert_norm")
+        hidden = self._activate(up[0].run(up[1], x, routing, None)).to(x.dtype)
+        y = down[0].run(down[1], hidden, routing, None if normed else weights)
+        if not normed:
+            return y
+        y = self.post_expert_norm(y) * (1 if weights is None else weights.reshape(-1, 1))
+        return torch.where(((index >= 0) & (index < self.count)).view(-1, 1), y, 0)
 
     def _run(self, e: int, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         expert = self.get_submodule(str(e))

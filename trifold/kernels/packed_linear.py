@@ -72,7 +72,8 @@ class PackedLinear(PackedModule):
         y = composition.combine(x, tensors, self.spec, self._products)
         return y if bias is None else y + bias.to(y.dtype)
 
-    def _op(self, x: torch.Tensor) -> Op:
+    def op(self, x: torch.Tensor) -> Op:
+        """What runs activations of x's dtype on its device."""
         key = (x.dtype, x.device)
         if key not in self._ops:
             self._ops[key] = resolve(self.spec, x.dtype, x.device)
@@ -87,11 +88,11 @@ class PackedLinear(PackedModule):
             return x.new_empty(0, self.out_features)
         bias = None if bias is None else bias.to(x.dtype)
         if type(x) is not torch.Tensor or torch.compiler.is_compiling():
-            op = self._op(x)
+            op = self.op(x)
             return op.run(x, self._tensors_for(op), self.spec, bias)
         bound = self._bound
         if bound is None or bound[0] != x.dtype or bound[1] != x.device:
-            op = self._op(x)
+            op = self.op(x)
             bound = x.dtype, x.device, op.bind(self._tensors_for(op), self.spec)
             if self._holder is op:
                 self._bound = bound
@@ -99,7 +100,7 @@ class PackedLinear(PackedModule):
 
     def _input_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """grad (M, out) -> grad W, (M, in), summed over blocks of rows in at least float32."""
-        op = self._op(grad)
+        op = self.op(grad)
         tensors = self._tensors_for(op)
         total = grad.new_zeros(len(grad), self.in_features, dtype=torch.promote_types(grad.dtype, torch.float32))
         for start, stop in row_blocks(self.out_features, self.in_features, grad.device):

@@ -38,6 +38,7 @@ class PackedModule(nn.Module):
         self._runtime: Tensors = {}
         self._holder: Runtime | None = None
         self._bound: Any = None  # a call of the holder on the runtime tensors, while there are any
+        self._shared: Any = None
         for name, (shape, dtype) in self._layout.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
         if spec.get("parts"):
@@ -94,6 +95,23 @@ class PackedModule(nn.Module):
                 self._runtime, self._holder = tensors, op
             return tensors
 
+    def hold(self, op: Runtime) -> Tensors:
+        """The tensors that `op` runs on; if it has a layout of its own, they replace the portable ones."""
+        return self._tensors_for(op)
+
+    def share(self, tensors: Tensors, owner: object) -> None:
+        """Go on with `tensors`, the same as those held, which `owner` made views of something larger."""
+        with _SWITCH:
+            self._replace(
+                [f"runtime_{n}" for n in self._runtime], {f"runtime_{n}": t for n, t in tensors.items()}, False
+            )
+            self._runtime, self._shared, self._bound = tensors, owner, None
+
+    @property
+    def shared(self) -> object:
+        """Who made views of the tensors that are held; None if nobody did."""
+        return self._shared
+
     def _restore(self) -> None:
         if self.__dict__.get("_holder") is None:
             return
@@ -103,7 +121,7 @@ class PackedModule(nn.Module):
                 return
             with torch.inference_mode(False), torch.no_grad():
                 tensors = op.restore(runtime, self.spec)
-            self._runtime, self._holder, self._bound = {}, None, None
+            self._runtime, self._holder, self._bound, self._shared = {}, None, None, None
             portable = {name: tensors[name] for name in self._layout}
             self._replace({f"runtime_{name}": None for name in runtime}, portable, True)
 

@@ -10,7 +10,7 @@ from trifold.formats import digest
 from trifold.kernels.weight_only.naive import Naive
 from trifold.kernels.weight_only.planes import configs, ops
 from trifold.kernels.weight_only.planes.layout import layout_of
-from trifold.kernels.weight_only.planes.op import PlaneGemm, _arguments
+from trifold.kernels.weight_only.planes.op import PlaneGemm, arguments
 from trifold.kernels.weight_only.planes.unpacking import INTERPRETED
 
 assert INTERPRETED.value
@@ -49,6 +49,14 @@ def test_every_configuration(bits):
     weight = quantized(70, 300, bits, 64, False)
     for tokens in (8, 9, 17, 33, 65):
         check(weight, activations(tokens, 300, HALF[tokens % 2]))
+
+
+def test_more_tokens_at_once_where_that_is_work_enough(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ops, "choose_for", lambda *a: seen.append(configs.choose_for(*a)) or seen[-1])
+    for weight in (quantized(70, 172, 4, 64, False), other(70, 172, 64, **OTHERS[3])):
+        check(weight, activations(130, 172, torch.bfloat16), True)
+    assert [config.bm for config in seen] == [128, 128]
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])
@@ -101,7 +109,7 @@ def test_rows(bits):
         tensors = PlaneGemm().prepare(module.portable(), module.spec)
         for dtype in (torch.float16, torch.float32):
             rows = ops.plane_rows(
-                **_arguments(tensors, module.spec), in_features=weight.shape[1], start=3, stop=69, dtype=dtype
+                **arguments(tensors, module.spec), in_features=weight.shape[1], start=3, stop=69, dtype=dtype
             )
             assert torch.equal(rows, weight.dequantize()[3:69].to(dtype))
 
@@ -119,12 +127,12 @@ def test_many_tokens_take_dense_rows():
 def test_the_operators_are_as_torch_wants_them():
     weight = quantized(7, 43, 3, 32, False)
     module = layer(weight)
-    arguments = _arguments(PlaneGemm().prepare(module.portable(), module.spec), module.spec)
+    known = arguments(PlaneGemm().prepare(module.portable(), module.spec), module.spec)
     checks = ("test_schema", "test_faketensor")
     x = activations(2, 43, torch.float16)
-    torch.library.opcheck(ops.plane_linear, (x,), arguments | {"bias": None}, test_utils=checks)
+    torch.library.opcheck(ops.plane_linear, (x,), known | {"bias": None}, test_utils=checks)
     more = {"in_features": 43, "start": 0, "stop": 7, "dtype": torch.float16}
-    torch.library.opcheck(ops.plane_rows, (), arguments | more, test_utils=checks)
+    torch.library.opcheck(ops.plane_rows, (), known | more, test_utils=checks)
 
 
 def test_a_layer_that_runs_on_it():

@@ -20,7 +20,7 @@ from trifold.kernels.weight_only.planes.configs import dense_from
 from trifold.kernels.weight_only.planes.layout import SLOT, layout_of, pack_planes, unpack_planes
 
 
-def _arguments(tensors: Tensors, spec: Spec) -> dict[str, Any]:
+def arguments(tensors: Tensors, spec: Spec) -> dict[str, Any]:
     scheme = scheme_of(spec)
     return {
         "planes": [tensors[f"plane{i}"] for i in range(len(layout_of(scheme.bits).planes))],
@@ -96,7 +96,7 @@ class PlaneGemm(Blockwise):
     def rows(self, tensors: Tensors, spec: Spec, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         if tensors["scale"].is_cuda:
             return ops.plane_rows(
-                **_arguments(tensors, spec), in_features=spec["shape"][1], start=start, stop=stop, dtype=dtype
+                **arguments(tensors, spec), in_features=spec["shape"][1], start=start, stop=stop, dtype=dtype
             )
         scheme, which = scheme_of(spec), slice(start, stop)
         if scheme.group_size == "tensor":
@@ -108,9 +108,9 @@ class PlaneGemm(Blockwise):
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
         if x.shape[0] >= dense_from(spec["bits"]):
             return super().run(x, tensors, spec, bias)
-        return ops.plane_linear(x, bias=bias, **_arguments(tensors, spec))
+        return ops.plane_linear(x, bias=bias, **arguments(tensors, spec))
 
     @staticmethod
     def _codes(tensors: Tensors, spec: Spec, start: int, stop: int) -> torch.Tensor:
-        planes = _arguments(tensors, spec)["planes"]
+        planes = arguments(tensors, spec)["planes"]
         return unpack_planes(planes, spec["bits"], spec["shape"][1], start, stop)

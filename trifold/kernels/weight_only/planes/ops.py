@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from trifold.core.tables import TABLES
-from trifold.kernels.weight_only.planes.configs import choose, share
-from trifold.kernels.weight_only.planes.layout import SLOT, layout_of
+from trifold.kernels.shares import is_hopper, processors, share, workspace
+from trifold.kernels.weight_only.planes.configs import MIDDLE, choose, choose_for
+from trifold.kernels.weight_only.planes.layout import SLOT, Layout, layout_of
 
 _BLOCK = 16384  # inputs that a block prepares at once, 16 warps at most
 
@@ -29,11 +30,6 @@ def grid_of(name: str) -> Any:
     return tuple(zip(values, [half & 0xFFFF for half in halves.tolist()], strict=True))
 
 
-@lru_cache(maxsize=8)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def _numbers(planes: list[torch.Tensor], scale: torch.Tensor, zero: torch.Tensor | None) -> list[torch.Tensor]:
     """Three planes, scale and zero, in the order of the kernels; what is not there is never read."""
     return [*planes, *[planes[0]] * (3 - len(planes)), scale, scale if zero is None else zero]
@@ -47,6 +43,26 @@ def _constants(bits: int, group: int, grid: str, midpoint: float, zero: torch.Te
         "MIDPOINT": midpoint,
         "ASYMMETRIC": zero is not None,
     }
+
+
+def _prepared(
+    x: torch.Tensor, count: torch.Tensor, layout: Layout, flush: int, grid: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x (M, in) as `activations.prepare` describes: its numbers, sums and factors. `count` becomes zero."""
+    import triton
+
+    from trifold.kernels.weight_only.planes.activations import prepare
+
+    rows, in_features = x.shape
+    padded = layout.tiles(in_features) * layout.tile
+    a = x.new_empty(rows, padded, dtype=torch.float16)
+    sums, inverse = (x.new_empty(shape, dtype=torch.float32) for shape in ((padded // flush, rows), (rows,)))
+    block = min(triton.next_power_of_2(padded), _BLOCK)
+    prepare[(rows,)](
+        x.contiguous(), a, sums, inverse, count, count.numel(), rows, in_features, padded, padded // flush,
+        STEP=layout.shifts[1] if grid == "int" else 0, CHUNK=flush, BLOCK=block, num_warps=max(1, block // 1024),
+    )  # fmt: skip
+    return a, sums, inverse
 
 
 @torch.library.custom_op("trifold::plane_linear", mutates_args=())
@@ -68,31 +84,21 @@ def plane_linear(
     """
     import triton
 
-    from trifold.kernels.weight_only.planes.activations import prepare
     from trifold.kernels.weight_only.planes.gemm import multiply
 
     layout, (tokens, in_features), out_features = layout_of(bits), x.shape, scale.shape[1]
-    tiles = layout.tiles(in_features)
-    padded, flush = tiles * layout.tile, gcd(group, layout.tile)
-    config = choose(bits, tokens)
-    parts = share(config, tokens, out_features, tiles, _processors(x.device))
+    tiles, flush, many = layout.tiles(in_features), gcd(group, layout.tile), processors(x.device)
+    config = choose_for(bits, tokens, out_features, many, grid in COMPUTED and is_hopper(x.device))
     blocks = triton.cdiv(tokens, config.bm) * triton.cdiv(out_features, config.bn)
-    a = x.new_empty(tokens, padded, dtype=torch.float16)
-    sums, inverse = (x.new_empty(shape, dtype=torch.float32) for shape in ((padded // flush, tokens), (tokens,)))
-    count = x.new_empty(blocks if parts > 1 else 0, dtype=torch.int32)
-    partial = x.new_empty(parts if parts > 1 else 0, tokens, out_features, dtype=torch.float32)
+    parts = 1 if config in MIDDLE.values() else share(config.warps, blocks, tiles, many)
     y = x.new_empty(tokens, out_features)
-    block = min(triton.next_power_of_2(padded), _BLOCK)
     with torch.cuda.device_of(x):
-        prepare[(tokens,)](
-            x.contiguous(), a, sums, inverse, count, count.numel(), tokens, in_features, padded, padded // flush,
-            STEP=layout.shifts[1] if grid == "int" else 0, CHUNK=flush, BLOCK=block,
-            num_warps=max(1, block // 1024),
-        )  # fmt: skip
+        partial, count = workspace(y, parts, blocks)
         multiply[(blocks, parts)](
-            a, sums, inverse, *_numbers(planes, scale, zero), scale if bias is None else bias, y, partial, count,
-            tokens, out_features, tiles, len(scale), **_constants(bits, group, grid, midpoint, zero),
-            FLUSH=flush // SLOT, BIAS=bias is not None, BN=config.bn, BM=config.bm, SHARED=parts > 1,
+            *_prepared(x, count, layout, flush, grid), *_numbers(planes, scale, zero),
+            scale if bias is None else bias, y, partial, count, tokens, out_features, tiles, len(scale),
+            **_constants(bits, group, grid, midpoint, zero), FLUSH=flush // SLOT, BIAS=bias is not None,
+            BN=config.bn, BM=config.bm, SHARED=parts > 1,
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
     return y
@@ -101,6 +107,57 @@ def plane_linear(
 @plane_linear.register_fake
 def _(x, planes, scale, zero, bias, bits, group, grid, midpoint):
     return x.new_empty(x.shape[0], scale.shape[1])
+
+
+@torch.library.custom_op("trifold::plane_experts", mutates_args=())
+def plane_experts(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    bounds: torch.Tensor,
+    weight: torch.Tensor | None,
+    planes: list[torch.Tensor],
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group: int,
+    grid: str,
+    midpoint: float,
+) -> torch.Tensor:
+    """x (M, in) float16 or bfloat16, rows by experts -> (slots, out), the same dtype, zero where no expert is.
+
+    order (slots,) and bounds (experts + 1,): a `Routing`, with a multiple of M slots. weight: of each slot, or none.
+    planes, scale, zero, bias: those of `plane_linear` with one more dimension in front, of experts.
+    """
+    import triton
+
+    from trifold.kernels.weight_only.planes.gemm import multiply_experts
+
+    layout, (rows, in_features), (experts, groups, out_features) = layout_of(bits), x.shape, scale.shape
+    slots, tiles, flush = len(order), layout.tiles(in_features), gcd(group, layout.tile)
+    config = choose(bits, -(-slots // experts))
+    m_blocks = (slots + min(experts, slots) * (config.bm - 1)) // config.bm
+    blocks = m_blocks * triton.cdiv(out_features, config.bn)
+    parts = share(config.warps, blocks, tiles, processors(x.device))
+    y = x.new_zeros(slots, out_features)
+    with torch.cuda.device_of(x):
+        partial, count = workspace(y, parts, blocks)
+        a, sums, inverse = _prepared(x, count, layout, flush, grid)
+        multiply_experts[(blocks, parts)](
+            a, sums, inverse, order, bounds, inverse if weight is None else weight.reshape(-1),
+            *_numbers(planes, scale, zero), scale if bias is None else bias, y, partial, count,
+            rows, out_features, slots, tiles, groups, experts, slots // rows, m_blocks,
+            **_constants(bits, group, grid, midpoint, zero), FLUSH=flush // SLOT, BIAS=bias is not None,
+            WEIGHTED=weight is not None, WIDTH=triton.next_power_of_2(experts),
+            BN=config.bn, BM=config.bm, SHARED=parts > 1,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+        )  # fmt: skip
+    return y
+
+
+@plane_experts.register_fake
+def _(x, order, bounds, weight, planes, scale, zero, bias, bits, group, grid, midpoint):
+    return x.new_empty(len(order), scale.shape[2])
 
 
 @torch.library.custom_op("trifold::plane_rows", mutates_args=())

@@ -28,7 +28,7 @@ def slots(layout):
 
 @triton.constexpr_function
 def words(layout, plane):
-    return layout.words(plane)
+    return layout.words(plane) if plane < len(layout.planes) else 0
 
 
 @triton.constexpr_function
