@@ -14,9 +14,9 @@ from trifold.core.method import LayerProblem
 from trifold.core.obs import NotFiniteError
 from trifold.core.pattern import Pattern
 from trifold.core.scheme import Scheme
-from trifold.sparsity import GQSA, Magnitude, SparseGPT, Wanda
+from trifold.sparsity import ALPS, GQSA, Magnitude, SparseGPT, Wanda
 
-PRUNERS = [Magnitude, Wanda, SparseGPT]
+PRUNERS = [Magnitude, Wanda, SparseGPT, ALPS]
 SEEDS = [0, 1, 2]
 
 
@@ -30,13 +30,15 @@ def counts(mask, size):
 def test_each_idea_is_worth_its_price(seed, pattern):
     weight, gram = correlated(seed)
     errors = [
+        error(ALPS(pattern=pattern), weight, gram),
         error(SparseGPT(pattern=pattern), weight, gram),
         error(SparseGPT(pattern=pattern, refit=False), weight, gram),
         error(Wanda(pattern=pattern, refit=False), weight, gram),
         error(Magnitude(pattern=pattern), weight, gram),
     ]
-    assert errors[0] < 0.6 * errors[1] and errors[1] < 0.7 * errors[2] and errors[2] < 0.6 * errors[3]
-    assert error(Wanda(pattern=pattern), weight, gram) < 0.5 * errors[2]
+    most = (0.7 if pattern == "unstructured" else 0.9, 0.6, 0.7, 0.6)
+    assert all(a < share * b for share, (a, b) in zip(most, itertools.pairwise(errors), strict=True))
+    assert error(Wanda(pattern=pattern), weight, gram) < 0.5 * errors[3]
 
 
 @pytest.mark.parametrize("kind", PRUNERS)
@@ -138,7 +140,7 @@ def test_with_independent_inputs_wanda_is_the_best_mask():
 
 
 @pytest.mark.parametrize(
-    "method", [SparseGPT(), SparseGPT(pattern="2:4"), SparseGPT(refit=False), Wanda(), GQSA()], ids=str
+    "method", [SparseGPT(), SparseGPT(pattern="2:4"), SparseGPT(refit=False), Wanda(), ALPS(), GQSA()], ids=str
 )
 def test_rows_do_not_depend_on_each_other(method):
     weight, gram = correlated(rows=12, columns=64)
@@ -164,7 +166,7 @@ def test_odd_shapes_dead_inputs_and_rows_of_zeros(kind, rows, columns):
             assert not solved.mask[1:, 1].any()  # it meets nothing, so it goes first
 
 
-@pytest.mark.parametrize("kind", [Wanda, SparseGPT, GQSA])
+@pytest.mark.parametrize("kind", [Wanda, SparseGPT, ALPS, GQSA])
 def test_statistics_that_are_none(kind):
     weight, gram = correlated(rows=4, columns=16)
     for value in (torch.nan, torch.inf):

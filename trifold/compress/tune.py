@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
 from trifold.compress.block import BlockCompressor, Compressed
@@ -24,15 +24,18 @@ from trifold.kernels import unstack
 if TYPE_CHECKING:
     from trifold.compress.walk import Walk
 
-_JUDGED = 8  # one batch in so many chooses among states, and is not learned from
+_JUDGED = 4  # the last one of so many parts of the text chooses among states, and is not learned from
 
 Weights = Mapping[str, Callable[[], torch.Tensor]]
 
 
 def divide(batches: int) -> tuple[list[int], list[int]]:
-    """Numbers of the batches to learn from, and to judge by; of one batch both."""
-    judge = list(range(batches))[_JUDGED - 1 :: _JUDGED] or ([batches - 1] if batches > 1 else [0])
-    return [b for b in range(batches) if b not in judge] or [0], judge
+    """Numbers of the batches to learn from, and to judge by: other documents, but for one; of one batch both.
+
+    What was learned from a document makes the rest of it easier, and says little of other text.
+    """
+    first = batches - -(-batches // _JUDGED)
+    return list(range(first)) or [0], list(range(first, batches))
 
 
 class Substituted(nn.Module):
@@ -138,12 +141,21 @@ class ModelTuning:
                 hidden = call.run(inside, hidden)
             if keep is not None:
                 keep.append(hidden)
-        return Call((self.ids[batch],), {}, True).run(self.tail, hidden)
+        return self._behind(batch, hidden)
 
-    def loss(self, batch: int, weights: Weights) -> torch.Tensor:
-        """Nats for each next token."""
-        logits, ids = self.logits(batch, weights), self.ids[batch]
-        return cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    def loss(self, batch: int, weights: Weights, dense: bool) -> torch.Tensor:
+        """Nats for each token: the divergence from what the dense blocks give, or those of the next one in the text."""
+        logits, ids = self.logits(batch, weights).flatten(0, 1).float(), self.ids[batch]
+        if not dense:
+            every = logits.unflatten(0, ids.shape)[:, :-1]
+            return cross_entropy(every.flatten(0, 1), ids[:, 1:].flatten())
+        with torch.no_grad():
+            wanted = self._behind(batch, self.walk.dense[batch]).flatten(0, 1).float().log_softmax(-1)
+        return kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+
+    def _behind(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits of the last hidden states."""
+        return Call((self.ids[batch],), {}, True).run(self.tail, hidden)
 
     def tune(self, step: str, tuner: Tuner, names: Sequence[str]) -> None:
         """Run one tuner on these layers; what it decides is in `tensors`, `everything` and the references."""
@@ -152,7 +164,7 @@ class ModelTuning:
         state, report = f"tuning-{step}", self.walk.job.report
         problem = TuningProblem(
             {name: self.canonical[name] for name in names},
-            lambda batch, weights: self.loss(batch, {**fixed, **weights}),
+            lambda batch, weights: self.loss(batch, {**fixed, **weights}, tuner.follows_dense),
             learn,
             judge,
             self.walk.job.recipe.seed,

@@ -232,6 +232,11 @@ class Tuner(Method, ABC):
 
     level: ClassVar[Literal["block", "model"]]
 
+    @property
+    def follows_dense(self) -> bool:
+        """Whether it compares with the dense model, whose hidden states are then kept, too."""
+        return True
+
     def check(self, scheme: Scheme | None) -> None:
         """Raises RecipeError, which need not name the layer, if a layer of this scheme has nothing to tune."""
 

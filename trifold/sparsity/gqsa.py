@@ -17,6 +17,7 @@ from trifold.core.errors import RecipeError
 from trifold.core.method import METHODS
 from trifold.core.pattern import Pattern
 from trifold.core.scheme import Scheme
+from trifold.sparsity.alps import together
 from trifold.sparsity.pruner import Pruner
 from trifold.sparsity.sparsegpt import prune_in_order
 from trifold.sparsity.survivors import Metric
@@ -29,25 +30,26 @@ Saliency = Literal["block", "element", "wanda"]
 class GQSA(Pruner):
     """The scheme's `group_size` is also the size of the groups that go.
 
-    saliency: "block" is exact, for one group; "element" adds up the exact ones of single weights, "wanda" what
-    they cost if the inputs do not depend on each other. order: "once" compares all groups with each other as they
-    are; "sequential" goes through blocks of `block_size` columns, each chosen after the ones before it are final
-    and their error folded in (exact saliencies, as in `sparsegpt`). scope: "row" drops as many groups of each row,
-    which is easier to run fast; "matrix" is free.
+    order: how groups are chosen. "together" looks for the best set of them, as `alps` does: two groups that can
+    stand for each other cost little each and much both. "once" compares their saliencies as they are.
+    "sequential" goes through blocks of `block_size` columns, each chosen after the ones before it are final
+    and their error folded in (exact saliencies, as in `sparsegpt`). saliency, of "once": "block" is exact, for one
+    group; "element" adds up the exact ones of single weights, "wanda" what they cost if the inputs do not depend
+    on each other. scope: "row" drops as many groups of each row, which is easier to run fast; "matrix" is free.
     """
 
     takes_scheme: ClassVar[Literal["always", "if given", "never"]] = "always"
 
     saliency: Saliency = "block"
-    order: Literal["once", "sequential"] = "once"
+    order: Literal["together", "once", "sequential"] = "together"
     block_size: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.block_size < 1:
             raise RecipeError(f"block_size={self.block_size}: at least 1 is needed; 128 is usual")
-        if self.order == "sequential" and self.saliency != "block":
-            raise RecipeError(f"saliency={self.saliency!r}: order='sequential' has saliency='block' alone")
+        if self.order != "once" and self.saliency != "block":
+            raise RecipeError(f"saliency={self.saliency!r} is of order='once'; order={self.order!r} has none other")
 
     def layout(self, scheme: Scheme | None) -> Pattern:
         assert scheme is not None and isinstance(scheme.group_size, int)
@@ -71,6 +73,8 @@ class GQSA(Pruner):
     def prune(self, target: torch.Tensor, pattern: Pattern, metric: Metric | None) -> tuple[torch.Tensor, torch.Tensor]:
         assert metric is not None
         share = self.share(pattern)
+        if self.order == "together":
+            return together(target, metric, pattern, share, self.scope)
         if self.order == "sequential":
             keep = torch.ones_like(target.T, memory_format=torch.contiguous_format)
             found = prune_in_order(target, metric.upper, pattern, share, self.scope, keep, Kept(keep), self.block_size)
