@@ -26,6 +26,7 @@ PRUNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "SparseGPT": ("sparsegpt", {"refit": False}),
     "Wanda + refit": ("wanda", {}),
     "SparseGPT + refit": ("sparsegpt", {}),
+    "ALPS + refit": ("alps", {}),
 }
 PATTERNS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
 
@@ -39,7 +40,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "INT4 g128": rounded("gptq", 4, 128),
     "GQSA W4S30 g16": rounded("gqsa", 4, 16, sparsity=0.3),
     "INT3 g128": rounded("gptq", 3, 128),
-    "W4 2:4 g128": rounded("sparsegpt", 4, 128, pattern="2:4"),
+    "W4 2:4 g128": rounded("alps", 4, 128, pattern="2:4"),
     "GQSA W4S50 g16": rounded("gqsa", 4, 16, sparsity=0.5),
     "GQSA W4S50 g32": rounded("gqsa", 4, 32, sparsity=0.5),
     "INT2 g64": rounded("gptq", 2, 64),

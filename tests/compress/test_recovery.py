@@ -10,10 +10,12 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import trifold
 from tests.helpers import contents, make_model, make_tokenizer, trifold_cli
 from trifold.compress import journal
+from trifold.compress.calibration import text_windows
 from trifold.compress.presets import preset_names
 from trifold.compress.recipe import Recipe
 from trifold.compress.tune import divide
@@ -58,7 +60,8 @@ def test_any_quantised_model_and_pruned_ones(tmp_path, tiny, text, kind):
         steps = [STEPS[kind], *tuners]
         return trifold.compress(tiny("llama", **LLAMA), {"steps": steps}, text, tmp_path / name, **SMALL)
 
-    tuners = [BLOCKS] if kind == "16 bits" else [BLOCKS, WHOLE]
+    coarse = {**BLOCKS, "options": {**BLOCKS["options"], "lr_weights": 0.5}}  # what 16 bits can tell apart
+    tuners = [coarse] if kind == "16 bits" else [BLOCKS, WHOLE]
     plain, tuned = run("plain"), run("tuned", *tuners)
     assert plain["bits_per_weight"] == tuned["bits_per_weight"]
     before, after = stored(tmp_path / "plain"), stored(tmp_path / "tuned")
@@ -67,6 +70,29 @@ def test_any_quantised_model_and_pruned_ones(tmp_path, tiny, text, kind):
     first = [n for n in masks if ".layers.0." in n]  # those of later blocks depend on what the first one gives
     assert all(torch.equal(before[n], after[n]) for n in first) and bool(first) is (kind in ("2:4", "16 bits"))
     assert any(not torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("tuners", [[BLOCKS], [WHOLE], [BLOCKS, WHOLE]], ids=["blocks", "whole", "both"])
+def test_reported_errors_are_those_of_what_was_written(tmp_path, tiny, text, tuners):
+    """Of the first layers, whose inputs no tuning changes, by hand; and the mean is theirs."""
+    model = tiny("llama", **LLAMA)
+    before = trifold.compress(model, {"steps": [GQSA]}, text, tmp_path / "before", **SMALL)
+    report = trifold.compress(model, {"steps": [GQSA, *tuners]}, text, tmp_path / "out", **SMALL)
+    name = "model.layers.0.self_attn.q_proj"
+    dense, packed = trifold.load(model), trifold.load(tmp_path / "out")
+    seen = []
+    handle = dense.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    windows = text_windows(text, AutoTokenizer.from_pretrained(model), dense.config, 24, 32).ids
+    with torch.no_grad():
+        dense(torch.stack(windows))
+    handle.remove()
+    weight = dense.get_submodule(name).weight
+    change = weight - packed.get_submodule(name).dequantize()
+    by_hand = (seen[0] @ change.T).square().sum() / (seen[0] @ weight.T).square().sum()
+    assert report["layers"][name]["error"] == pytest.approx(float(by_hand), rel=1e-3)
+    assert report["layers"][name]["error"] != before["layers"][name]["error"]
+    errors = [entry["error"] for entry in report["layers"].values()]
+    assert report["mean_error"] == pytest.approx(sum(errors) / len(errors))
 
 
 def test_the_second_stage_alone_changes_scales_alone(tmp_path, tiny, text):

@@ -14,6 +14,7 @@ from trifold.core.method import TuningProblem, TuningSolution
 from trifold.tuning.tunable import tunable
 
 _BETAS, _EPSILON = (0.9, 0.95), 1e-12
+_TRIES, _BACK_OFF = 2, 0.2
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Rates:
 
 def descend(problem: TuningProblem, rates: Rates, epochs: int, stage: str) -> TuningSolution:
     """Tune what was decided; the state with the least loss on the batches to judge by wins, if it is better than the
-    first one by more than the standard error of their difference. Else all stays as it was.
+    first one by more than the standard error of their difference. Else the same is tried more slowly, and if that is no
+    better either, all stays as it was.
 
     Between epochs the state is kept, so that a run that was broken off goes on to the same result.
     """
@@ -53,20 +55,25 @@ def descend(problem: TuningProblem, rates: Rates, epochs: int, stage: str) -> Tu
     else:
         state.load(kept)
     steps = epochs * len(problem.learn)
-    for epoch in range(state.epoch, epochs):
-        generator = torch.Generator().manual_seed(problem.seed * 1000003 + epoch)
-        for turn, place in enumerate(torch.randperm(len(problem.learn), generator=generator).tolist()):
-            done = epoch * len(problem.learn) + turn
-            for group in optimiser.param_groups:
-                group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * done / steps))
-            _step(problem.loss(problem.learn[place], weights), parameters, optimiser)
-        state.finish_epoch(_judged(problem, weights))
-        losses = f"loss {mean(state.last):.4e}  best {mean(state.best):.4e}  began at {mean(state.first):.4e}"
-        problem.note(f"{stage}: epoch {epoch + 1}/{epochs}  {losses}")
-        problem.keep(state.tensors())
+    while True:
+        share = _BACK_OFF**state.tries
+        for epoch in range(state.epoch, epochs):
+            generator = torch.Generator().manual_seed(problem.seed * 1000003 + epoch)
+            for turn, place in enumerate(torch.randperm(len(problem.learn), generator=generator).tolist()):
+                done = epoch * len(problem.learn) + turn
+                for group in optimiser.param_groups:
+                    group["lr"] = share * group["rate"] * 0.5 * (1 + math.cos(math.pi * done / steps))
+                _step(problem.loss(problem.learn[place], weights), parameters, optimiser)
+            state.finish_epoch(_judged(problem, weights))
+            losses = f"loss {mean(state.last):.4e}  best {mean(state.best):.4e}  began at {mean(state.first):.4e}"
+            problem.note(f"{stage}: epoch {epoch + 1}/{epochs}{' slower' if state.tries else ''}  {losses}")
+            problem.keep(state.tensors())
+        if state.improved or state.tries == _TRIES - 1:
+            break
+        state.retry()
     better = state.improved
     state.restore(better)
-    event = {"stage": stage, "epochs": epochs, "before": mean(state.first), "after": mean(state.best)}
+    event = {"stage": stage, "epochs": epochs, "tries": state.tries + 1, "before": mean(state.first), "after": mean(state.best)}
     if not better:
         event |= {"after": event["before"], "rejected": mean(state.best)}
     return TuningSolution({name: t.canonical() for name, t in tunables.items()}, event)
@@ -91,7 +98,7 @@ class _State:
     """Everything that the next epoch depends on. first, best, last: losses of the batches to judge by."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], optimiser: torch.optim.Adam) -> None:
-        self.parameters, self.optimiser, self.epoch = parameters, optimiser, 0
+        self.parameters, self.optimiser, self.epoch, self.tries = parameters, optimiser, 0, 0
         self.first, self.best, self.last = list[float](), list[float](), list[float]()
         self._winner = [p.detach().clone() for p in parameters]
 
@@ -102,6 +109,12 @@ class _State:
         self.epoch, self.last = self.epoch + 1, losses
         if mean(losses) < mean(self.best):
             self.best, self._winner = losses, [p.detach().clone() for p in self.parameters]
+
+    def retry(self) -> None:
+        """Begin again."""
+        self.epoch, self.tries, self.best = 0, self.tries + 1, self.first
+        self.restore(False)
+        self.optimiser.state.clear()
 
     @property
     def improved(self) -> bool:
@@ -118,7 +131,7 @@ class _State:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         losses = torch.tensor([self.first, self.best, self.last], dtype=torch.float64)
-        found = {"epoch": torch.tensor(self.epoch), "losses": losses}
+        found = {"epoch": torch.tensor([self.epoch, self.tries]), "losses": losses}
         for number, parameter in enumerate(self.parameters):
             moments = self.optimiser.state.get(parameter, {})
             found[f"{number}.value"], found[f"{number}.best"] = parameter.detach(), self._winner[number]
@@ -126,7 +139,7 @@ class _State:
         return found
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.epoch = int(tensors["epoch"])
+        self.epoch, self.tries = tensors["epoch"].tolist()
         self.first, self.best, self.last = tensors["losses"].tolist()
         with torch.no_grad():
             for number, parameter in enumerate(self.parameters):

@@ -27,7 +27,7 @@ class E2EOQP(Tuner):
 
     toward: Literal["dense", "text"] = "dense"
     epochs: int = 2
-    lr_scales: float = 0.003
+    lr_scales: float = 0.002
     lr_zeros: float = 0.0
 
     def __post_init__(self) -> None:
