@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def estimate_model(
 
 def _estimate(model: Any, plan: Plan, blocks: str) -> Estimate:
     unstack(model, set(plan.layers))
-    specs = {name: spec_of(layer) for name, layer in plan.layers.items()}
+    spec = cache(spec_of)  # most layers are of a few kinds
+    specs = {name: spec(layer) for name, layer in plan.layers.items()}
+    shared = sorted({layer.step for layer in plan.layers.values() if layer.method.budget})
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     other = {
         name: (tensor.numel(), tensor.nbytes)
@@ -107,7 +110,11 @@ def _estimate(model: Any, plan: Plan, blocks: str) -> Estimate:
         blocks=len(model.get_submodule(blocks)),
         layers=len(specs),
         components={name: Component(*entry) for name, entry in found.items()},
-        notices=(*plan.notices, *tower_notice(model)),
+        notices=(
+            *plan.notices,
+            *tower_notice(model),
+            *(f"{step}: global_sparsity is divided when it runs; sizes are as if evenly" for step in shared),
+        ),
         **totals(specs, other, item),
     )
 

@@ -22,7 +22,7 @@ _NAME = re.compile(
 )
 
 _SPARSE = re.compile(
-    r"(?:w(?P<weight>\d+)(?:a16)?-)?s(?P<share>\d\d)(?:-(?P<method>magnitude|wanda|sparsegpt|gqsa))?(?P<tuned>-recovered)?"
+    r"(?:w(?P<weight>\d+)(?:a16)?-)?s(?P<share>\d\d)(?:-(?P<method>magnitude|wanda|sparsegpt|alps|gqsa))?(?P<tuned>-recovered)?"
 )
 
 _SCALES = {"method": "awq", "options": {"clip": False}}  # the step that follows searches ranges itself
@@ -99,7 +99,7 @@ def preset(name: str) -> dict[str, Any]:
 def _sparse_steps(name: str, match: re.Match[str]) -> list[dict[str, Any]]:
     share, method = match["share"], match["method"]
     if method is None:
-        method = "gqsa" if match["weight"] and share != "24" else "sparsegpt"
+        method = "gqsa" if match["weight"] and share != "24" else "alps"
     if method == "gqsa" and (not match["weight"] or share == "24"):
         why = "drops groups, not two of four" if share == "24" else "rounds what stays; write w4-" + name
         raise RecipeError(f"{name}: gqsa {why}; w4-s24 and s{share}-sparsegpt are presets, too")
@@ -133,6 +133,7 @@ def preset_names() -> list[str]:
     with_gptq = [f"{name}-gptq" for name in grids if name != "w8a16-channel"]
     rounded = ["", "-gptq", *(f"-{method}" for method in ROUNDED_STEPS), "-fp8", "-static", "-smoothquant-static"]
     ends = ["w4a16-gptq-e8", "w4a16-gptq-e4"]
-    sparse = ["s50-wanda", "s50-sparsegpt", "s24-sparsegpt", "w4-s50-gqsa", "w4-s30-gqsa", "w4-s24"]
+    pruners = ["s50-wanda", "s50-sparsegpt", "s50-alps", "s24-sparsegpt", "s24-alps"]
+    sparse = [*pruners, "w4-s50-gqsa", "w4-s30-gqsa", "w4-s24"]
     sparse += [f"{name}-recovered" for name in sparse]
     return [*names, "w8a16", "w8a16-gptq", *grids, *with_gptq, *(f"w8a8{name}" for name in rounded), *ends, *sparse]

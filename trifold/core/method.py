@@ -132,6 +132,8 @@ class Method:
     """Base of the four kinds. needs: the statistics that calibration must gather; () means data-free."""
 
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
+    instead: ClassVar[Mapping[str, str]] = {}
+    """Setting -> another one, which it takes the place of when it is given later."""
 
     @property
     def gathers(self) -> tuple[type[Statistic], ...]:
