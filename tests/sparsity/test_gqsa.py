@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from tests.sparsity.problems import correlated, error, solve
+from trifold.core.errors import RecipeError
 from trifold.core.obs import quadratic_loss
 from trifold.core.pattern import Pattern
 from trifold.core.refit import refit
 from trifold.core.scheme import Scheme
+from trifold.formats import describe, pack, unpack
 from trifold.sparsity import GQSA
 from trifold.sparsity.gqsa import group_saliency
 from trifold.sparsity.survivors import Metric
@@ -119,3 +121,22 @@ def test_nothing_dropped_is_plain_group_rounding():
     weight, gram = correlated(rows=6, columns=72)
     errors = [error(GQSA(0.0), weight, gram, Scheme(bits, 16)) for bits in (2, 3, 4, 8)]
     assert all(b < 0.4 * a for a, b in itertools.pairwise(errors)) and errors[-1] < 1e-4
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_scales_of_8_bits_cost_little(symmetric):
+    weight, gram = correlated(rows=24)
+    scheme = Scheme(4, 16, symmetric)
+    solved = solve(GQSA(scale_bits=8), weight, gram, scheme)
+    spec = describe(solved)
+    assert spec["scale_bits"] == 8 and spec == describe(GQSA(scale_bits=8).sketch((24, 128), scheme))
+    assert torch.equal(unpack(pack(solved), spec).dequantize(), solved.dequantize())
+    wide = error(GQSA(), weight, gram, scheme)
+    assert error(GQSA(scale_bits=8), weight, gram, scheme) < 1.02 * wide
+    with pytest.raises(RecipeError, match="scale_dtype='float16' is of scale_bits=16"):
+        GQSA(scale_bits=8).check((8, 64), Scheme(4, 16, scale_dtype="float16"))
+
+
+def test_rows_of_too_many_groups_are_refused_before_anything_is_done():
+    with pytest.raises(RecipeError, match=r"rows of 32768 groups at most, not in_features=131072 in 65536 of group_size=2"):
+        GQSA().check((8, 2**17), Scheme(4, 2))
