@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -142,22 +140,56 @@ def test_a_run_that_is_broken_off_ends_the_same(tmp_path, tiny, text, monkeypatc
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 
-def test_killed_without_warning(tmp_path, tiny, text):
-    model = tiny("llama", **LLAMA)
-    arguments = list(map(str, command(model, text, tmp_path / "out", tmp_path)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here, or the journal is another run's
-    process = subprocess.Popen(
-        [sys.executable, "-m", "trifold", *arguments], stderr=subprocess.DEVNULL, env=environment
-    )
-    state = tmp_path / "out.partial" / "journal"
-    for _ in range(3000):
-        if process.poll() is not None or list(state.glob("block-00001.json")):
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+
+from trifold.cli import main
+
+
+def begin():
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        main(sys.argv[2:])
+    return child
+
+
+def state(folder):
+    try:
+        return sorted((f.name, f.stat().st_mtime_ns) for f in folder.glob("**/*"))
+    except FileNotFoundError:  # gone in between
+        return None
+
+
+random.seed(0)
+folder, kills, before = Path(sys.argv[1]), 0, None
+for changes in (3, 9, 16, 5):
+    child = begin()
+    while changes and os.waitpid(child, os.WNOHANG) == (0, 0):
+        if state(folder) != before:
+            before, changes = state(folder), changes - 1
+        time.sleep(0.0005)
+    if changes:
+        break  # it was done
+    time.sleep(0.03 * random.random())
+    os.kill(child, signal.SIGKILL)
+    kills += os.waitpid(child, 0)[1] == signal.SIGKILL
+print(kills)
+"""
+
+
+def test_killed_again_and_again_without_warning(tmp_path, tiny, text):
+    """The preset with the most stages; kill -9 at moments of every stage, each time the same command goes on."""
+    common = ("compress", tiny("llama", **LLAMA), "-r", "w4-s50-gqsa-recovered", "--set", "epochs=2")
+    common = (*common, "--nsamples", "8", "--seqlen", "32", "--batch-size", "2", "--calib", text, "-o")
+    arguments = list(map(str, (*common, tmp_path / "out")))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # or the journal is another run's
+    script = [sys.executable, "-c", KILLER, tmp_path / "out.partial", *arguments]
+    found = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
+    assert int(found.stdout) >= 3, found.stderr
     assert trifold_cli(*arguments)[0] == 0
-    assert trifold_cli(*command(model, text, tmp_path / "whole", tmp_path))[0] == 0
+    assert trifold_cli(*common, tmp_path / "whole")[0] == 0
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 

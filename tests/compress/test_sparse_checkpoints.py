@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import trifold
 from tests.helpers import contents, trifold_cli
 from trifold.compress.estimate import estimate_model
+from trifold.compress.journal import Journal
 from trifold.compress.presets import preset_names
 from trifold.compress.recipe import Recipe
 from trifold.core.errors import RecipeError
@@ -72,6 +73,27 @@ def test_same_recipe_same_bytes(tmp_path, tiny, text, recipe):
     for name in ("a", "b"):
         trifold.compress(tiny("llama", **LLAMA), recipe, text, tmp_path / name, **SMALL)
     one, two = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert {k: v for k, v in one.items() if k != "report.json"} == {k: v for k, v in two.items() if k != "report.json"}
+
+
+@pytest.mark.parametrize("preset", ["s50-wanda", "s50-sparsegpt", "s50-alps", "s24-sparsegpt", "w4-s30-gqsa", "w4-s24"])
+def test_a_run_that_is_broken_off_ends_the_same(tmp_path, tiny, text, preset, monkeypatch):
+    common = ("compress", tiny("llama", **LLAMA), "-r", preset, "--nsamples", "4", "--seqlen", "32", "--calib", text)
+    assert trifold_cli(*common, "-o", tmp_path / "whole")[0] == 0
+    write, blocks = Journal.write_block, []
+
+    def broken(self, block, *args):
+        if len(blocks) == 2:
+            raise KeyboardInterrupt
+        write(self, block, *args)
+        blocks.append(block)
+
+    monkeypatch.setattr(Journal, "write_block", broken)
+    assert trifold_cli(*common, "-o", tmp_path / "out")[0] == 130
+    monkeypatch.undo()
+    code, _, stderr = trifold_cli(*common, "-o", tmp_path / "out")
+    assert code == 0 and "going on after block 2" in stderr
+    one, two = contents(tmp_path / "out"), contents(tmp_path / "whole")
     assert {k: v for k, v in one.items() if k != "report.json"} == {k: v for k, v in two.items() if k != "report.json"}
 
 
