@@ -7,7 +7,6 @@ from trifold.core.pattern import Pattern
 from trifold.core.row_scales import to_row_scales
 from trifold.core.scheme import SCALE_DTYPES, Scheme
 
-
 TWO_LEVELS = Scheme(4, 16, scale_dtype="float32")
 """Weights of this scheme get 8-bit scales that a number of the row multiplies."""
 

@@ -1,6 +1,7 @@
 """Recovery in the pipeline: block by block, then the whole model; broken off, it ends the same."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import trifold
 from tests.helpers import contents, make_model, make_tokenizer, trifold_cli
 from trifold.compress import journal
 from trifold.compress.calibration import text_windows
+from trifold.compress.plan import make_plan
 from trifold.compress.presets import preset_names
 from trifold.compress.recipe import Recipe
 from trifold.compress.tune import divide
@@ -98,6 +100,18 @@ def test_the_second_stage_alone_changes_scales_alone(tmp_path, tiny, text):
         trifold.compress(tiny("llama", **LLAMA), {"steps": [GQSA, *tuners]}, text, tmp_path / name, **SMALL)
     before, after = stored(tmp_path / "plain"), stored(tmp_path / "tuned")
     assert {n.rpartition(".")[2] for n in before if not torch.equal(before[n], after[n])} == {"weight_scale"}
+
+
+def test_the_second_stage_learns_from_the_text_itself_if_asked(tmp_path, tiny, text):
+    losses = {}
+    for toward in ("dense", "text"):
+        step = {"method": "e2e_oqp", "options": {"epochs": 1, "toward": toward}}
+        plan = make_plan(Recipe.load({"steps": [GQSA, step]}), make_model("llama", **LLAMA), "model.layers")
+        assert plan.tuners[0][1].follows_dense is (toward == "dense")
+        report = trifold.compress(tiny("llama", **LLAMA), {"steps": [GQSA, step]}, text, tmp_path / toward, **SMALL)
+        losses[toward] = next(iter(report["layers"].values()))["e2e_oqp"]["before"]
+    vocabulary = make_model("llama", **LLAMA).config.vocab_size
+    assert 0 < losses["dense"] < 0.1 < 0.8 * math.log(vocabulary) < losses["text"]  # a divergence, and a random model's
 
 
 def command(model, text, output, folder):
@@ -245,4 +259,5 @@ def test_recovered_presets():
 def test_every_batch_is_learned_from_or_judged_by(batches):
     learn, judge = divide(batches)
     assert sorted({*learn, *judge}) == list(range(batches)) and learn and judge
-    assert batches == 1 or not {*learn} & {*judge}
+    assert batches == 1 or (not {*learn} & {*judge} and max(learn) < min(judge))
+    assert len(judge) == -(-batches // 4)

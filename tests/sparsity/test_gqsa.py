@@ -14,7 +14,6 @@ from trifold.sparsity import GQSA
 from trifold.sparsity.gqsa import group_saliency
 from trifold.sparsity.survivors import Metric
 
-
 ORDERS = ("together", "once", "sequential")
 
 
@@ -138,5 +137,7 @@ def test_scales_of_8_bits_cost_little(symmetric):
 
 
 def test_rows_of_too_many_groups_are_refused_before_anything_is_done():
-    with pytest.raises(RecipeError, match=r"rows of 32768 groups at most, not in_features=131072 in 65536 of group_size=2"):
+    with pytest.raises(
+        RecipeError, match=r"rows of 32768 groups at most, not in_features=131072 in 65536 of group_size=2"
+    ):
         GQSA().check((8, 2**17), Scheme(4, 2))

@@ -84,8 +84,8 @@ def estimate_model(
 
 def _estimate(model: Any, plan: Plan, blocks: str) -> Estimate:
     unstack(model, set(plan.layers))
-    spec = cache(spec_of)  # most layers are of a few kinds
-    specs = {name: spec(layer) for name, layer in plan.layers.items()}
+    known = cache(spec_of)  # most layers are of a few kinds
+    specs = {name: known(layer) for name, layer in plan.layers.items()}
     shared = sorted({layer.step for layer in plan.layers.values() if layer.method.budget})
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     other = {

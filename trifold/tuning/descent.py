@@ -73,7 +73,13 @@ def descend(problem: TuningProblem, rates: Rates, epochs: int, stage: str) -> Tu
         state.retry()
     better = state.improved
     state.restore(better)
-    event = {"stage": stage, "epochs": epochs, "tries": state.tries + 1, "before": mean(state.first), "after": mean(state.best)}
+    event = {
+        "stage": stage,
+        "epochs": epochs,
+        "tries": state.tries + 1,
+        "before": mean(state.first),
+        "after": mean(state.best),
+    }
     if not better:
         event |= {"after": event["before"], "rejected": mean(state.best)}
     return TuningSolution({name: t.canonical() for name, t in tunables.items()}, event)

@@ -1,4 +1,4 @@
-"""E2E-OQP: scales and zero-points alone, of the whole model, on the loss of the text; codes and masks are fixed.
+"""E2E-OQP: scales and zero-points alone, of the whole model, on what it predicts; codes and masks are fixed.
 
 Stage two of the recovery of Zeng et al. 2024, "GQSA", arXiv 2412.17560, which is that of Chen et al. 2024,
 "EfficientQAT", arXiv 2407.11062.
@@ -20,8 +20,8 @@ from trifold.tuning.descent import Rates, descend
 @dataclass(frozen=True)
 class E2EOQP(Tuner):
     """toward: what is learned, the dense model's probabilities of all next tokens, or the next token of the text,
-    which is the paper's and wants far more text than there are scales. epochs: passes over the calibration batches. lr_scales: in shares of the scale, for each step. lr_zeros: in
-    codes; 0, the default, tunes scales alone."""
+    which is the paper's and wants far more text than there are scales. epochs: passes over the calibration batches.
+    lr_scales: in shares of the scale, for each step. lr_zeros: in codes; 0, the default, tunes scales alone."""
 
     level: ClassVar[Literal["block", "model"]] = "model"
 

@@ -86,8 +86,9 @@ class TunableQuantized(Tunable):
         """kept: (out, groups) bool, of groups that have a scale, if not all."""
         super().__init__()
         self.decided, scheme, self._kept = decided, decided.scheme, kept
-        plain = kept is None or decided.scale.dtype != torch.float32
-        self._two_levels = not plain and from_row_scales(decided.scale, kept) is not None
+        self._two_levels = False
+        if kept is not None and decided.scale.dtype == torch.float32:
+            self._two_levels = from_row_scales(decided.scale, kept) is not None
         self._parameter(WEIGHTS, kinds, decided.codes if scheme.table is None else None)
         self._parameter(SCALES, kinds, decided.scale)
         self._parameter(ZEROS, kinds, decided.zero_point)
