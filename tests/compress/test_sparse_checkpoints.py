@@ -27,7 +27,7 @@ PRESETS = {
     "s50-magnitude": ("bitmask", "50% zeros bfloat16"),
     "w4-s50-wanda": ("bitmask", "50% zeros int4"),
 }
-RECOVERED = [name for name in preset_names() if name.endswith("-recovered") and "alps" not in name]
+RECOVERED = [name for name in preset_names() if name.endswith("-recovered")]
 LLAMA = {"intermediate_size": 96}  # 2:4 divides it
 SMALL = {"nsamples": 8, "seqlen": 32, "verbosity": -1}
 

@@ -133,7 +133,6 @@ def preset_names() -> list[str]:
     with_gptq = [f"{name}-gptq" for name in grids if name != "w8a16-channel"]
     rounded = ["", "-gptq", *(f"-{method}" for method in ROUNDED_STEPS), "-fp8", "-static", "-smoothquant-static"]
     ends = ["w4a16-gptq-e8", "w4a16-gptq-e4"]
-    pruners = ["s50-wanda", "s50-sparsegpt", "s50-alps", "s24-sparsegpt", "s24-alps"]
-    sparse = [*pruners, "w4-s50-gqsa", "w4-s30-gqsa", "w4-s24"]
+    sparse = ["s50-wanda", "s50-sparsegpt", "s24-sparsegpt", "w4-s50-gqsa", "w4-s30-gqsa", "w4-s24"]
     sparse += [f"{name}-recovered" for name in sparse]
     return [*names, "w8a16", "w8a16-gptq", *grids, *with_gptq, *(f"w8a8{name}" for name in rounded), *ends, *sparse]
