@@ -26,6 +26,7 @@ PRUNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "SparseGPT": ("sparsegpt", {"refit": False}),
     "Wanda + refit": ("wanda", {}),
     "SparseGPT + refit": ("sparsegpt", {}),
+    "ALPS + refit": ("alps", {}),
 }
 PATTERNS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
 
@@ -39,7 +40,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "INT4 g128": rounded("gptq", 4, 128),
     "GQSA W4S30 g16": rounded("gqsa", 4, 16, sparsity=0.3),
     "INT3 g128": rounded("gptq", 3, 128),
-    "W4 2:4 g128": rounded("sparsegpt", 4, 128, pattern="2:4"),
+    "W4 2:4 g128": rounded("alps", 4, 128, pattern="2:4"),
     "GQSA W4S50 g16": rounded("gqsa", 4, 16, sparsity=0.5),
     "GQSA W4S50 g32": rounded("gqsa", 4, 32, sparsity=0.5),
     "INT2 g64": rounded("gptq", 2, 64),
@@ -93,6 +94,29 @@ def sizes_table(dense: dict[str, Any], cells: dict[str, dict[str, dict[str, Any]
     return markdown([*head, "recovered: perplexity", "rise", "what recovery does"], rows)
 
 
+def against(cells: dict[str, dict[str, dict[str, Any]]], base: str = "INT3 g128") -> str:
+    """Every other cell beside one, each as compressed and after recovery, and who loses less than whom."""
+    from trifold.eval import paired_difference
+
+    found = cells.get(base, {})
+    rows, better, worse = [], [], []
+    for name, other in sorted(cells.items(), key=lambda item: -item[1].get("plain", {}).get("bits_per_weight", 0.0)):
+        common = [place for place in ("plain", "recovered") if place in other and place in found]
+        if name == base or not common:
+            continue
+        row = [name, f"{other['plain']['bits_per_weight'] - found['plain']['bits_per_weight']:+.3f}"]
+        row += [rise(other[place], found[place]) if place in common else "" for place in ("plain", "recovered")]
+        rows.append(row)
+        losses = other[common[-1]]["window_losses"], found[common[-1]]["window_losses"]
+        difference, error = paired_difference(*losses)
+        if difference < -2 * error:
+            better.append(name)
+        elif difference > 2 * error:
+            worse.append(name)
+    words = f"Less loss than {base}, by two standard errors: {', '.join(better) or 'none'}; more: {', '.join(worse)}."
+    return markdown([f"beside {base}", "bits", "as compressed, nats", "recovered, nats"], rows) + f"\n{words}\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_arguments(parser)
@@ -113,7 +137,7 @@ def main() -> None:
         where = ", ".join(f"{k} {v}" for k, v in machine().items())
         text = f"{Path(args.model).name}: {protocol}; dense perplexity {dense['perplexity']:.3f}.\n\n"
         text += f"Pruned, 16 bits:\n\n{pruners_table(dense, pruned)}\n"
-        text += f"Rounded, sparse and not:\n\n{sizes_table(dense, sizes)}\n{where}\n"
+        text += f"Rounded, sparse and not:\n\n{sizes_table(dense, sizes)}\n{against(sizes)}\n{where}\n"
         data = {"machine": machine(), "model": Path(args.model).name, "dense": dense, "pruned": pruned, "sizes": sizes}
         save(args.name, data, text)
 

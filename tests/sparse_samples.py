@@ -4,7 +4,11 @@ import torch
 
 from trifold.core.canonical import Dense, Quantized, Sparse
 from trifold.core.pattern import Pattern
+from trifold.core.row_scales import to_row_scales
 from trifold.core.scheme import SCALE_DTYPES, Scheme
+
+TWO_LEVELS = Scheme(4, 16, scale_dtype="float32")
+"""Weights of this scheme get 8-bit scales that a number of the row multiplies."""
 
 
 def mask_for(pattern, shape, share=0.5, scope="matrix", seed=0):
@@ -27,6 +31,8 @@ def sparse_weight(shape, pattern, values, share=0.5, scope="matrix"):
     zero = torch.randint(0, 2**values.bits, size, dtype=torch.uint8, generator=generator)
     if values.zero_point == "real":
         zero = zero.to(dtype)
+    if values == TWO_LEVELS:
+        scale = to_row_scales(scale, mask[:, :: values.group_size])
     weight = Quantized(codes, scale, None if values.symmetric else zero, values)
     return Sparse(weight, mask, pattern).normalized()
 
@@ -47,6 +53,7 @@ KINDS = {
     "group int4": ("1x16", Scheme(4, 16), "group_sparse_int"),
     "group int3": ("1x8", Scheme(3, 8), "group_sparse_int"),
     "group int2 sym": ("1x32", Scheme(2, 32, True, "float16"), "group_sparse_int"),
+    "group int4 scales8": ("1x16", TWO_LEVELS, "group_sparse_int"),
     "group int8": ("1x5", Scheme(8, 5, scale_dtype="float32"), "group_sparse_int"),
 }
 """Name -> pattern, values, the format that holds it."""

@@ -49,7 +49,7 @@ def test_what_loses_little_gives_up_more(tmp_path, tiny, text):
 
 
 def test_a_run_that_is_broken_off_keeps_its_division(tmp_path, tiny, text, monkeypatch):
-    command = ("-r", "s50-wanda", "--set", "sparsity=null", "--set", "global_sparsity=0.4", "--calib", text)
+    command = ("-r", "s50-wanda", "--set", "global_sparsity=0.4", "--calib", text)
     command = ("compress", tiny(), *command, "--nsamples", "8", "--seqlen", "32", "-o", tmp_path / "out")
     assert trifold_cli(*command)[0] == 0
     whole = contents(tmp_path / "out")
@@ -76,13 +76,30 @@ def test_a_run_that_is_broken_off_keeps_its_division(tmp_path, tiny, text, monke
 
 
 def test_what_cannot_be_divided():
-    with pytest.raises(RecipeError, match=r"sparsity=0.5 is of each layer and global_sparsity=0.4 of all"):
-        Recipe.load("s50-wanda").updated(["global_sparsity=0.4"])
+    with pytest.raises(RecipeError, match=r"sparsity=0.5 is of each layer and global_sparsity=0.4 of all.*leave one"):
+        Recipe.load({"steps": [{"method": "wanda", "options": {"sparsity": 0.5, "global_sparsity": 0.4}}]})
     with pytest.raises(RecipeError, match=r"global_sparsity=1.5 is outside"):
-        Recipe.load("s50-wanda").updated(["sparsity=null", "global_sparsity=1.5"])
+        Recipe.load("s50-wanda").updated(["global_sparsity=1.5"])
 
 
 def test_two_of_four_has_nothing_to_divide(tmp_path, tiny, text):
     step = {"method": "wanda", "options": {"pattern": "2:4", "global_sparsity": 0.5}}
     with pytest.raises(RecipeError, match=r"q_proj: global_sparsity=0.5 cannot be divided with pattern='2:4'"):
         trifold.compress(tiny(), {"steps": [step]}, text, tmp_path / "out", **SMALL)
+
+
+def test_the_later_wish_wins():
+    """`sparsity` of each layer and `global_sparsity` of all of them take each other's place."""
+
+    def options(recipe, *settings):
+        found = Recipe.load(recipe).updated(settings).steps[0].options
+        return found["sparsity"], found["global_sparsity"]
+
+    assert options("w4-s50-gqsa") == (0.5, None)
+    assert options("w4-s50-gqsa", "global_sparsity=0.4") == (None, 0.4)
+    assert options("w4-s50-gqsa", "gqsa.global_sparsity=0.4", "sparsity=0.3") == (0.3, None)
+    assert options("w4-s50-gqsa", "global_sparsity=null") == (0.5, None)
+    step = {"method": "wanda", "options": {"global_sparsity": 0.4}}
+    step["overrides"] = [{"match": "*mlp*", "options": {"sparsity": 0.2}}]
+    built = Recipe.load({"steps": [step]}).steps[0].build({"sparsity": 0.2})
+    assert built.sparsity == 0.2 and built.budget is None

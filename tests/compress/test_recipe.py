@@ -18,7 +18,7 @@ from trifold.core.scheme import Scheme
 from trifold.lowrank import ASVD, SVDLLM, MoDeGPT, ReducedRank, Residual
 from trifold.quantizers.gptq import GPTQ
 from trifold.quantizers.rtn import RTN
-from trifold.sparsity import GQSA, SparseGPT, Wanda
+from trifold.sparsity import ALPS, GQSA, SparseGPT, Wanda
 
 FULL = """
 name: mixed
@@ -149,9 +149,12 @@ def test_presets_with_fewer_weights():
         return step.build(), None if step.scheme is None else step.scheme.build()
 
     assert first("s50-wanda") == (Wanda(0.5), None)
-    assert first("s50-sparsegpt") == first("s50") == (SparseGPT(0.5), None)
-    assert first("s24-sparsegpt") == first("s24") == (SparseGPT(pattern="2:4"), None)
-    assert first("w4-s24") == first("w4a16-s24-sparsegpt") == (SparseGPT(pattern="2:4"), Scheme(4, 128))
+    assert first("s50-sparsegpt") == (SparseGPT(0.5), None)
+    assert first("s50-alps") == first("s50") == (ALPS(0.5), None)
+    assert first("s24-sparsegpt") == (SparseGPT(pattern="2:4"), None)
+    assert first("s24-alps") == first("s24") == (ALPS(pattern="2:4"), None)
+    assert first("w4-s24") == first("w4a16-s24-alps") == (ALPS(pattern="2:4"), Scheme(4, 128))
+    assert first("w4-s24-sparsegpt") == (SparseGPT(pattern="2:4"), Scheme(4, 128))
     assert first("w4-s50-gqsa") == first("w4-s50") == (GQSA(0.5), Scheme(4, 16))
     assert first("w3-s30-wanda") == (Wanda(0.3), Scheme(3, 128))
     assert Recipe.load("s70-magnitude").data_free and not Recipe.load("s70").data_free

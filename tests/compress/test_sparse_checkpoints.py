@@ -8,6 +8,9 @@ from safetensors.torch import load_file
 
 import trifold
 from tests.helpers import contents, trifold_cli
+from trifold.compress.estimate import estimate_model
+from trifold.compress.journal import Journal
+from trifold.compress.presets import preset_names
 from trifold.compress.recipe import Recipe
 from trifold.core.errors import RecipeError
 from trifold.formats import FORMATS, bits_per_weight
@@ -17,21 +20,26 @@ PRESETS = {
     "s50-wanda": ("bitmask", "50% zeros bfloat16"),
     "s50-sparsegpt": ("bitmask", "50% zeros bfloat16"),
     "s24-sparsegpt": ("sparse24", "2:4 bfloat16"),
+    "s24-alps": ("sparse24", "2:4 bfloat16"),
     "w4-s50-gqsa": ("group_sparse_int", "int4 g16 asym, "),
     "w4-s30-gqsa": ("group_sparse_int", "int4 g16 asym"),
     "w4-s24": ("sparse24", "2:4 int4"),
     "s50-magnitude": ("bitmask", "50% zeros bfloat16"),
     "w4-s50-wanda": ("bitmask", "50% zeros int4"),
 }
+RECOVERED = [name for name in preset_names() if name.endswith("-recovered")]
 LLAMA = {"intermediate_size": 96}  # 2:4 divides it
 SMALL = {"nsamples": 8, "seqlen": 32, "verbosity": -1}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, *RECOVERED])
 def test_every_preset_is_proved_loaded_counted_and_shown(tmp_path, tiny, text, preset):
-    name, shown = PRESETS[preset]
-    calibration = None if Recipe.load(preset).data_free else text
-    report = trifold.compress(tiny("llama", **LLAMA), preset, calibration, tmp_path / "out", **SMALL)
+    name, shown = PRESETS[preset.removesuffix("-recovered")]
+    recipe, planned = Recipe.load(preset), estimate_model(tiny("llama", **LLAMA), Recipe.load(preset))
+    calibration = None if recipe.data_free else text
+    report = trifold.compress(tiny("llama", **LLAMA), recipe, calibration, tmp_path / "out", **SMALL)
+    assert planned.total_bytes == report["total_bytes"] and planned.bits_per_weight == report["bits_per_weight"]
+    assert all(("bqpo" in layer) is (preset in RECOVERED) for layer in report["layers"].values())
     assert report["proof"]["max_abs"] <= 1e-3
     model = trifold.load(tmp_path / "out")
     packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
@@ -68,6 +76,27 @@ def test_same_recipe_same_bytes(tmp_path, tiny, text, recipe):
     assert {k: v for k, v in one.items() if k != "report.json"} == {k: v for k, v in two.items() if k != "report.json"}
 
 
+@pytest.mark.parametrize("preset", ["s50-wanda", "s50-sparsegpt", "s50-alps", "s24-sparsegpt", "w4-s30-gqsa", "w4-s24"])
+def test_a_run_that_is_broken_off_ends_the_same(tmp_path, tiny, text, preset, monkeypatch):
+    common = ("compress", tiny("llama", **LLAMA), "-r", preset, "--nsamples", "4", "--seqlen", "32", "--calib", text)
+    assert trifold_cli(*common, "-o", tmp_path / "whole")[0] == 0
+    write, blocks = Journal.write_block, []
+
+    def broken(self, block, *args):
+        if len(blocks) == 2:
+            raise KeyboardInterrupt
+        write(self, block, *args)
+        blocks.append(block)
+
+    monkeypatch.setattr(Journal, "write_block", broken)
+    assert trifold_cli(*common, "-o", tmp_path / "out")[0] == 130
+    monkeypatch.undo()
+    code, _, stderr = trifold_cli(*common, "-o", tmp_path / "out")
+    assert code == 0 and "going on after block 2" in stderr
+    one, two = contents(tmp_path / "out"), contents(tmp_path / "whole")
+    assert {k: v for k, v in one.items() if k != "report.json"} == {k: v for k, v in two.items() if k != "report.json"}
+
+
 def test_dense_targets_rounded_inputs_and_embeddings(tmp_path, tiny, text):
     steps = [
         {"method": "gqsa", "scheme": {"group_size": 8}, "options": {"dense_targets": 0.25}, "input": {"bits": 8}},
@@ -89,6 +118,11 @@ ERRORS = {
         "model.layers.0.self_attn.q_proj: in_features=48 is not a multiple of 5, so pattern='3:5' does not divide it; "
         "use pattern='unstructured' or skip the layer",
     ),
+    "--set sparsity=.nan": ("s50-wanda", "sparsity=nan is outside [0, 1); 0.5 drops half of the weights"),
+    "--set global_sparsity=1.5": ("w4-s50-gqsa", "global_sparsity=1.5 is outside [0, 1)"),
+    "--set global_sparsity=0.6": ("s24-sparsegpt", "global_sparsity=0.6 cannot be divided with pattern='2:4'"),
+    "--set zero_point=real": ("w4-s50-gqsa", "holds integers with integer zero-points, not zero_point='real'"),
+    "--set scale_dtype=int8": ("w4-s50-gqsa", "steps.0.scheme.scale_dtype: Input should be"),
     "--set pattern=2:2": ("s50-wanda", "pattern='2:2' is neither 'unstructured'"),
     "--set sparsity=0.6": ("w4-s24", "sparsity=0.6 cannot be had with pattern='2:4'"),
     "--set group_size=channel": (

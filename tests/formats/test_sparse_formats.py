@@ -4,9 +4,10 @@ import json
 import pytest
 import torch
 
-from tests.sparse_samples import KINDS, sparse_weight
+from tests.sparse_samples import KINDS, TWO_LEVELS, sparse_weight
 from trifold.core.canonical import Dense, Quantized, Sparse
 from trifold.core.errors import InputError
+from trifold.core.row_scales import from_row_scales, to_row_scales
 from trifold.core.scheme import Scheme
 from trifold.formats import FORMATS, bits_per_weight, digest, format_for, label, layout, pack, stored_bytes, unpack
 from trifold.formats.bitstream import codes_at, pack_bits, unpack_range
@@ -79,6 +80,10 @@ def test_bits_by_hand():
         weight = sparse_weight((64, 4096), f"1x{size}", Scheme(4, size), share, "row")
         spec = FORMATS.get("group_sparse_int").describe(weight)
         assert bits_per_weight(spec) == pytest.approx(expected + row_start / 4096, abs=1e-9)
+    two = sparse_weight((64, 4096), "1x16", TWO_LEVELS, 0.5, "row")
+    spec = FORMATS.get("group_sparse_int").describe(two)
+    assert spec["scale_bits"] == 8 and pack(two)["weight_scale"].dtype == torch.uint8
+    assert bits_per_weight(spec) == pytest.approx(0.5 * (4 + (8 + 4 + 8) / 16) + (row_start + 16) / 4096, abs=1e-9)
     wide = sparse_weight((2, 16 * 512), "1x16", Scheme(4, 16), 0.5, "row")
     assert pack(wide)["weight_column"].dtype == torch.int16
     assert bits_per_weight(FORMATS.get("sparse24").describe(sparse_weight((8, 128), "2:4", "bfloat16"))) == 9
@@ -87,6 +92,24 @@ def test_bits_by_hand():
     for share in (0.5, 0.75):
         spec = FORMATS.get("bitmask").describe(sparse_weight((64, 4096), "unstructured", "bfloat16", share))
         assert bits_per_weight(spec) == pytest.approx(16 * (1 - share) + 1 + row_start / 4096)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scales_of_two_levels(seed):
+    """They are near, keep their form, and tell their parts."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10.0 ** (2 * torch.randn(33, 1, generator=generator)) * (0.02 + torch.rand(33, 7, generator=generator))
+    kept = torch.rand(33, 7, generator=generator) < 0.6
+    kept[0], kept[1, 1:], kept[2] = False, False, True
+    found = to_row_scales(scale, kept)
+    assert torch.equal(found[~kept], scale[~kept])
+    top = scale.masked_fill(~kept, 0).amax(1, keepdim=True).expand_as(scale)
+    assert ((found - scale).abs()[kept] <= (top / 255 * 0.51 + scale / 256)[kept]).all()
+    codes, row = from_row_scales(found, kept)
+    assert torch.equal((codes * row.float()[:, None])[kept], found[kept]) and row.dtype == torch.bfloat16
+    assert (codes.amax(1)[kept.any(1)] == 255).all() and (codes[kept] > 0).all()
+    assert torch.equal(to_row_scales(found, kept), found)
+    assert from_row_scales(found * (1 + 1e-3 * torch.rand(33, 7, generator=generator)), kept) is None
 
 
 def test_labels():
@@ -99,6 +122,7 @@ def test_labels():
     assert found["bitmask nf4 groups"] == "50% zeros 1x16 nf4 g16"
     assert found["bitmask int5 tensor"] == "50% zeros 4:8 int5 tensor asym"
     assert found["2:4 int4"] == "2:4 int4 g32 asym"
+    assert found["group int4 scales8"] == "int4 g16 asym, 8-bit scales, 50% of groups dropped"
     assert found["group int4"] == "int4 g16 asym, 50% of groups dropped"
 
 

@@ -14,9 +14,10 @@ from trifold.core.method import LayerProblem
 from trifold.core.obs import NotFiniteError
 from trifold.core.pattern import Pattern
 from trifold.core.scheme import Scheme
-from trifold.sparsity import GQSA, Magnitude, SparseGPT, Wanda
+from trifold.formats import describe
+from trifold.sparsity import ALPS, GQSA, Magnitude, SparseGPT, Wanda
 
-PRUNERS = [Magnitude, Wanda, SparseGPT]
+PRUNERS = [Magnitude, Wanda, SparseGPT, ALPS]
 SEEDS = [0, 1, 2]
 
 
@@ -30,13 +31,15 @@ def counts(mask, size):
 def test_each_idea_is_worth_its_price(seed, pattern):
     weight, gram = correlated(seed)
     errors = [
+        error(ALPS(pattern=pattern), weight, gram),
         error(SparseGPT(pattern=pattern), weight, gram),
         error(SparseGPT(pattern=pattern, refit=False), weight, gram),
         error(Wanda(pattern=pattern, refit=False), weight, gram),
         error(Magnitude(pattern=pattern), weight, gram),
     ]
-    assert errors[0] < 0.6 * errors[1] and errors[1] < 0.7 * errors[2] and errors[2] < 0.6 * errors[3]
-    assert error(Wanda(pattern=pattern), weight, gram) < 0.5 * errors[2]
+    most = (0.7 if pattern == "unstructured" else 0.9, 0.6, 0.7, 0.6)
+    assert all(a < share * b for share, (a, b) in zip(most, itertools.pairwise(errors), strict=True))
+    assert error(Wanda(pattern=pattern), weight, gram) < 0.5 * errors[3]
 
 
 @pytest.mark.parametrize("kind", PRUNERS)
@@ -138,7 +141,7 @@ def test_with_independent_inputs_wanda_is_the_best_mask():
 
 
 @pytest.mark.parametrize(
-    "method", [SparseGPT(), SparseGPT(pattern="2:4"), SparseGPT(refit=False), Wanda(), GQSA()], ids=str
+    "method", [SparseGPT(), SparseGPT(pattern="2:4"), SparseGPT(refit=False), Wanda(), ALPS(), GQSA()], ids=str
 )
 def test_rows_do_not_depend_on_each_other(method):
     weight, gram = correlated(rows=12, columns=64)
@@ -164,7 +167,7 @@ def test_odd_shapes_dead_inputs_and_rows_of_zeros(kind, rows, columns):
             assert not solved.mask[1:, 1].any()  # it meets nothing, so it goes first
 
 
-@pytest.mark.parametrize("kind", [Wanda, SparseGPT, GQSA])
+@pytest.mark.parametrize("kind", [Wanda, SparseGPT, ALPS, GQSA])
 def test_statistics_that_are_none(kind):
     weight, gram = correlated(rows=4, columns=16)
     for value in (torch.nan, torch.inf):
@@ -226,3 +229,34 @@ def test_patterns_choose_the_least_and_the_earlier_of_equals():
     assert Pattern.parse("1x3").mask(scores, 0.5).int().tolist() == [[0, 0, 0, 1, 1, 1, 1]]
     assert Pattern.parse("1x3").group_scores(scores).tolist() == [[3.0, 6.0, 7.0]]
     assert Pattern.parse("1:2").mask(scores[:, :6], 0.9).int().tolist() == [[0, 1, 0, 1, 1, 0]]
+
+
+SKETCHED = [
+    (Wanda, {"sparsity": 0.37}, None),
+    (Wanda, {"sparsity": 0.37, "scope": "matrix"}, None),
+    (Magnitude, {"dtype": "float32"}, None),
+    (SparseGPT, {"sparsity": 0.3}, Scheme(3, 16)),
+    (SparseGPT, {"pattern": "2:4"}, Scheme(4, 16, True)),
+    (SparseGPT, {"pattern": "1x8", "block_size": 16}, Scheme(4, 8)),
+    (ALPS, {"pattern": "3:4"}, None),
+    (GQSA, {"sparsity": 0.3}, Scheme(4, 8)),
+    (GQSA, {"sparsity": 0.7, "scope": "matrix"}, Scheme(2, 8, True)),
+    (GQSA, {"sparsity": 0.7, "order": "sequential", "scope": "matrix", "block_size": 16}, Scheme(4, 8)),
+]
+
+
+@pytest.mark.parametrize("kind, settings, scheme", SKETCHED)
+@pytest.mark.parametrize("rows, columns", [(7, 44), (1, 60), (13, 172)])
+def test_sizes_are_known_before_there_is_a_weight(kind, settings, scheme, rows, columns):
+    weight, gram = correlated(rows=rows, columns=columns, tokens=300)
+    method = kind(**settings)
+    assert describe(method.sketch((rows, columns), scheme)) == describe(solve(method, weight, gram, scheme))
+
+
+@pytest.mark.parametrize("scope", ["row", "matrix"])
+def test_of_short_groups_that_are_counted_weight_by_weight_the_most_is_told(scope):
+    weight, gram = correlated(rows=9, columns=43)
+    method = Wanda(pattern="1x16", scope=scope)
+    told = describe(method.sketch((9, 43), None))["survivors"]
+    found = describe(solve(method, weight, gram))["survivors"]
+    assert found <= told <= found + 9 * 5

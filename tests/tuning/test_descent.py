@@ -38,8 +38,23 @@ def test_it_recovers_and_reports_what_it_did():
 def test_it_is_never_worse():
     p = problem()
     found = descend(p, Rates(30.0, 1.0, 30.0), 2, "bqpo")
-    assert found.event["after"] <= found.event["before"]
+    assert found.event["after"] <= found.event["before"] and found.event["tries"] == 2
     assert judged(p, found.canonical) == pytest.approx(found.event["after"], rel=1e-5)
+
+
+def test_a_gain_that_may_be_chance_is_none():
+    """Of two batches one gets better, and the other worse by nearly as much."""
+    p = problem()
+
+    def mixed(batch, weights):
+        loss = p.loss(4, weights)
+        return {4: loss, 5: 1 - 0.9 * loss}[batch] if batch in p.judge else p.loss(batch, weights)
+
+    found = descend(TuningProblem(p.canonical, mixed, p.learn, p.judge), Rates(0.1, 0.01, 0.05), 3, "bqpo")
+    assert found.event["rejected"] < found.event["before"] == found.event["after"]
+    assert torch.equal(found.canonical["a"].dequantize(), p.canonical["a"].dequantize())
+    sure = descend(TuningProblem(p.canonical, mixed, p.learn, (4,)), Rates(0.1, 0.01, 0.05), 3, "bqpo")
+    assert "rejected" not in sure.event and sure.event["after"] < sure.event["before"]
 
 
 def test_slopes_that_are_none_are_left_out():
@@ -57,7 +72,7 @@ def test_a_run_that_is_broken_off_ends_the_same(stop):
     def keep(tensors):
         state.clear()
         state.update({name: t.clone() for name, t in tensors.items()})
-        if int(tensors["numbers"][0]) == stop:
+        if int(tensors["epoch"][0]) == stop:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

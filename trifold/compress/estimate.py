@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ def estimate_model(
 
 def _estimate(model: Any, plan: Plan, blocks: str) -> Estimate:
     unstack(model, set(plan.layers))
-    specs = {name: spec_of(layer) for name, layer in plan.layers.items()}
+    known = cache(spec_of)  # most layers are of a few kinds
+    specs = {name: known(layer) for name, layer in plan.layers.items()}
+    shared = sorted({layer.step for layer in plan.layers.values() if layer.method.budget})
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     other = {
         name: (tensor.numel(), tensor.nbytes)
@@ -115,7 +118,12 @@ def _estimate(model: Any, plan: Plan, blocks: str) -> Estimate:
         blocks=len(model.get_submodule(blocks)),
         layers=len(specs) + len(slices),
         components={name: Component(*entry) for name, entry in found.items()},
-        notices=(*plan.notices, *tower_notice(model), *(_CUT_NOTICE if slices else ())),
+        notices=(
+            *plan.notices,
+            *tower_notice(model),
+            *(f"{step}: global_sparsity is divided when it runs; sizes are as if evenly" for step in shared),
+            *(_CUT_NOTICE if slices else ()),
+        ),
         **totals(specs, {n: (count, cut.get(n, size)) for n, (count, size) in other.items()}, item, slices),
     )
 

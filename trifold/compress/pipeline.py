@@ -183,8 +183,7 @@ def _tuned(walk: Walk, journal: Journal, everything: Compressed) -> list[dict[st
     tuning = ModelTuning(walk, journal, everything)
     for step, tuner, names in tuners:
         tuning.tune(step, tuner, sorted(names & set(everything.modules)))
-    tuning.keep_references()
-    tuning.close()
+    tuning.finish()
     return tuning.tensors
 
 

@@ -45,7 +45,7 @@ class Plan:
     def follows_dense(self) -> bool:
         """Whether a second stream of hidden states, the dense model's, has to be kept."""
         kinds = {kind for plan in self.layers.values() for kind in plan.method.gathers}
-        aimed = any(tuner.level == "block" for _, tuner, _ in self.tuners)
+        aimed = any(tuner.follows_dense for _, tuner, _ in self.tuners)
         return aimed or any("x_dense" in kind.needs for kind in kinds)
 
 

@@ -28,7 +28,7 @@ _NAME = re.compile(
 )
 
 _SPARSE = re.compile(
-    r"(?:w(?P<weight>\d+)(?:a16)?-)?s(?P<share>\d\d)(?:-(?P<method>magnitude|wanda|sparsegpt|gqsa))?(?P<tuned>-recovered)?"
+    r"(?:w(?P<weight>\d+)(?:a16)?-)?s(?P<share>\d\d)(?:-(?P<method>magnitude|wanda|sparsegpt|alps|gqsa))?(?P<tuned>-recovered)?"
 )
 
 _DIMENSIONS = re.compile(r"rank(?P<share>\d\d)-modegpt(?P<published>-published)?")
@@ -138,7 +138,7 @@ def _residual_step(match: re.Match[str]) -> dict[str, Any]:
 def _sparse_steps(name: str, match: re.Match[str]) -> list[dict[str, Any]]:
     share, method = match["share"], match["method"]
     if method is None:
-        method = "gqsa" if match["weight"] and share != "24" else "sparsegpt"
+        method = "gqsa" if match["weight"] and share != "24" else "alps"
     if method == "gqsa" and (not match["weight"] or share == "24"):
         why = "drops groups, not two of four" if share == "24" else "rounds what stays; write w4-" + name
         raise RecipeError(f"{name}: gqsa {why}; w4-s24 and s{share}-sparsegpt are presets, too")

@@ -183,7 +183,7 @@ class Step(_Strict):
         return self
 
     def build(self, override: Mapping[str, Any] | None = None) -> Method:
-        return build_method(self.method, {**self.options, **(override or {})})
+        return build_method(self.method, _changed(self.method, self.options, override or {}))
 
     def scheme_with(self, changes: Mapping[str, Any]) -> Scheme | None:
         """The scheme with an override's changes; None if the method takes none. Raises RecipeError."""
@@ -354,6 +354,16 @@ def _assign(data: dict[str, Any], key: str, value: Any) -> None:
     for place in places:
         listed = field in ("targets", "ignore") and not isinstance(value, list)
         place[field.removeprefix("input.")] = [value] if listed else value
+    for step in data["steps"]:
+        if any(place is step["options"] for place in places):
+            step["options"] = _changed(step["method"], step["options"], {field: value})
+
+
+def _changed(method: str, options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with some of them changed, without those that the changed ones take the place of."""
+    instead = METHODS.get(method).instead
+    gone = {instead.get(option) for option, value in changes.items() if value is not None} - set(changes)
+    return {**{option: None if option in gone else value for option, value in options.items()}, **changes}
 
 
 def _explain(error: ValidationError, model: type[BaseModel] | None = None) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
 from trifold.compress.block import BlockCompressor, Compressed
@@ -16,23 +16,27 @@ from trifold.compress.job import Job
 from trifold.compress.journal import Journal
 from trifold.compress.tensor_file import Entry
 from trifold.core.canonical import Canonical
-from trifold.core.linears import is_transposed, linears
+from trifold.core.linears import is_transposed, linears, weight_of
 from trifold.core.method import Tuner, TuningProblem
+from trifold.core.observe import watch
 from trifold.formats import layout, unpack
 from trifold.kernels import unstack
 
 if TYPE_CHECKING:
     from trifold.compress.walk import Walk
 
-_JUDGED = 8  # one batch in so many chooses among states, and is not learned from
+_JUDGED = 4  # the last one of so many parts of the text chooses among states, and is not learned from
 
 Weights = Mapping[str, Callable[[], torch.Tensor]]
 
 
 def divide(batches: int) -> tuple[list[int], list[int]]:
-    """Numbers of the batches to learn from, and to judge by; of one batch both."""
-    judge = list(range(batches))[_JUDGED - 1 :: _JUDGED] or ([batches - 1] if batches > 1 else [0])
-    return [b for b in range(batches) if b not in judge] or [0], judge
+    """Numbers of the batches to learn from, and to judge by: other documents, but for one; of one batch both.
+
+    What was learned from a document makes the rest of it easier, and says little of other text.
+    """
+    first = batches - -(-batches // _JUDGED)
+    return list(range(first)) or [0], list(range(first, batches))
 
 
 class Substituted(nn.Module):
@@ -72,6 +76,33 @@ def tune_block(
     job.report.notice(f"{prefix[:-1]}: {_told(solution.event)}")
     for name, canonical in solution.canonical.items():
         compressor.replace(name, canonical, {str(solution.event["stage"]): dict(solution.event)})
+    errors = OutputErrors({name: (compressor.weights[name], solution.canonical[name]) for name in names})
+    for batch in range(len(runner.hidden)):
+        for name, inputs in runner.inputs(batch, names).items():
+            for x in inputs:
+                errors.see(name, x)
+    for name, error in errors.found.items():
+        compressor.done.report[prefix + name]["error"] = error
+
+
+class OutputErrors:
+    """Relative output errors on inputs that pass by. pairs: name -> the dense weight (out, in), and what it became."""
+
+    def __init__(self, pairs: Mapping[str, tuple[torch.Tensor, Canonical]]) -> None:
+        self._pairs = {name: (weight.float(), decided.dequantize()) for name, (weight, decided) in pairs.items()}
+        self._sums = {name: [0.0, 0.0] for name in pairs}
+
+    def see(self, name: str, x: torch.Tensor) -> None:
+        """x: (..., in)."""
+        weight, decided = self._pairs[name]
+        x = x.reshape(-1, x.shape[-1]).float()
+        for place, matrix in enumerate((weight - decided, weight)):
+            self._sums[name][place] += float((x @ matrix.T).square().sum(dtype=torch.float64))
+
+    @property
+    def found(self) -> dict[str, float]:
+        """Of the layers that had any output."""
+        return {name: lost / whole for name, (lost, whole) in self._sums.items() if whole > 0}
 
 
 def _told(event: Mapping[str, Any]) -> str:
@@ -94,7 +125,7 @@ class ModelTuning:
         self.ids, self.starts = ids, []
         for batch in ids:
             self.starts.append(capture_calls(source.model, walk.blocks, batch).hidden.clone())
-        self.linears: list[dict[str, nn.Module]] = []
+        self.linears: dict[int, dict[str, nn.Module]] = {}
         self.blocks = [self._open(index) for index in range(source.block_count)]
         self.tail = Tail(source.model, walk.blocks, walk.arity)
         self.canonical = {name: c for index in range(source.block_count) for name, c in self._decided(index)}
@@ -109,24 +140,27 @@ class ModelTuning:
                 stored = {leaf: self.tensors[index][f"{name}.{leaf}"] for leaf in layout(spec)}
                 yield name, unpack({leaf: entry.load().to(device) for leaf, entry in stored.items()}, spec)
 
-    def _open(self, index: int) -> nn.Module:
-        """The block with what is not compressed as the journal has it."""
-        prefix, source = self._prefix(index), self.walk.job.source
+    def _open(self, index: int, dense: dict[str, torch.Tensor] | None = None) -> nn.Module:
+        """The block with what is not compressed as the journal has it. dense: filled with the weights before, where
+        the source still has them."""
+        prefix, source, job = self._prefix(index), self.walk.job.source, self.walk.job
         block = source.open_block(index)
         packed = {n.removeprefix(prefix) for n in self.everything.modules if n.startswith(prefix)}
         unstack(block, packed)
-        self.linears.append({name: module for name, module in linears(block).items() if name in packed})
+        self.linears[index] = {name: module for name, module in linears(block).items() if name in packed}
+        if dense is not None and not job.plan.rewrites and not job.options.inplace:
+            dense.update({name: weight_of(module).clone() for name, module in self.linears[index].items()})
         for name, parameter in block.named_parameters():
             stored = self.tensors[index].get(prefix + name)
             owner, _, leaf = name.rpartition(".")
             if owner in packed and leaf == "weight":
-                parameter.data = parameter.data.new_empty(0)  # always substituted
+                parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)  # always substituted
             elif stored is not None:
                 parameter.data = stored.load().to(parameter.device, parameter.dtype)
         return block
 
-    def logits(self, batch: int, weights: Weights, keep: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """Of one batch. keep: filled with the hidden states behind each block."""
+    def logits(self, batch: int, weights: Weights) -> torch.Tensor:
+        """Of one batch."""
         hidden = self.starts[batch]
         for index, block in enumerate(self.blocks):
             prefix, call = self._prefix(index), self.walk.calls[batch][index]
@@ -136,14 +170,21 @@ class ModelTuning:
                 hidden = checkpoint(call.run, inside, hidden, use_reentrant=False)
             else:
                 hidden = call.run(inside, hidden)
-            if keep is not None:
-                keep.append(hidden)
-        return Call((self.ids[batch],), {}, True).run(self.tail, hidden)
+        return self._behind(batch, hidden)
 
-    def loss(self, batch: int, weights: Weights) -> torch.Tensor:
-        """Nats for each next token."""
-        logits, ids = self.logits(batch, weights), self.ids[batch]
-        return cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    def loss(self, batch: int, weights: Weights, dense: bool) -> torch.Tensor:
+        """Nats for each token: the divergence from what the dense blocks give, or those of the next one in the text."""
+        logits, ids = self.logits(batch, weights).flatten(0, 1).float(), self.ids[batch]
+        if not dense:
+            every = logits.unflatten(0, ids.shape)[:, :-1]
+            return cross_entropy(every.flatten(0, 1), ids[:, 1:].flatten())
+        with torch.no_grad():
+            wanted = self._behind(batch, self.walk.dense[batch]).flatten(0, 1).float().log_softmax(-1)
+        return kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+
+    def _behind(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits of the last hidden states."""
+        return Call((self.ids[batch],), {}, True).run(self.tail, hidden)
 
     def tune(self, step: str, tuner: Tuner, names: Sequence[str]) -> None:
         """Run one tuner on these layers; what it decides is in `tensors`, `everything` and the references."""
@@ -152,7 +193,7 @@ class ModelTuning:
         state, report = f"tuning-{step}", self.walk.job.report
         problem = TuningProblem(
             {name: self.canonical[name] for name in names},
-            lambda batch, weights: self.loss(batch, {**fixed, **weights}),
+            lambda batch, weights: self.loss(batch, {**fixed, **weights}, tuner.follows_dense),
             learn,
             judge,
             self.walk.job.recipe.seed,
@@ -171,18 +212,27 @@ class ModelTuning:
             tensors.update({k: Entry.of(t) for k, t in done.tensors.items() if k.startswith(self._prefix(index))})
 
     @torch.no_grad()
-    def keep_references(self) -> None:
-        """What the proof compares with, of the tuned model."""
-        hidden: list[torch.Tensor] = []
-        logits = self.logits(0, {name: _fixed(c) for name, c in self.canonical.items()}, hidden)
-        for index, states in enumerate(hidden):
-            self.journal.keep(f"reference-{index:05d}", {"hidden": states})
-        self.journal.keep("reference-logits", {"logits": logits})
-
-    def close(self) -> None:
-        """Give the blocks' memory back."""
-        for index in range(len(self.blocks)):
-            self.walk.job.source.close_block(index)
+    def finish(self) -> None:
+        """Keep what the proof compares with, and note the errors of the layers, of the tuned model."""
+        hidden, source = self.starts, self.walk.job.source
+        for index in range(source.block_count):
+            prefix, dense = self._prefix(index), dict[str, torch.Tensor]()
+            source.close_block(index)
+            block = self._open(index, dense)
+            decided = {name: self.canonical[prefix + name] for name in self.linears[index]}
+            errors = OutputErrors({name: (weight, decided[name]) for name, weight in dense.items()})
+            inside = Substituted(block, self.linears[index], {name: c.dequantize for name, c in decided.items()})
+            with watch({name: self.linears[index][name] for name in dense}, errors.see):
+                hidden = [c[index].run(inside, h) for c, h in zip(self.walk.calls, hidden, strict=True)]
+            for name in decided:
+                entry = self.everything.report[prefix + name]
+                if name in errors.found:
+                    entry["error"] = errors.found[name]
+                elif "e2e_oqp" in entry:
+                    entry["error_of"] += " before e2e_oqp"
+            self.journal.keep(f"reference-{index:05d}", {"hidden": hidden[0]})
+            source.close_block(index)
+        self.journal.keep("reference-logits", {"logits": self._behind(0, hidden[0])})
 
 
 def _fixed(canonical: Canonical) -> Callable[[], torch.Tensor]:

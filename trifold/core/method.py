@@ -166,6 +166,8 @@ class Method:
     """Base of the four kinds. needs: the statistics that calibration must gather; () means data-free."""
 
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
+    instead: ClassVar[Mapping[str, str]] = {}
+    """Setting -> another one, which it takes the place of when it is given later."""
 
     @property
     def gathers(self) -> tuple[type[Statistic], ...]:
@@ -296,6 +298,11 @@ class Tuner(Method, ABC):
     one's outputs, or of the whole model, on the text itself."""
 
     level: ClassVar[Literal["block", "model"]]
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether it compares with the dense model, whose hidden states are then kept, too."""
+        return True
 
     def check(self, scheme: Scheme | None) -> None:
         """Raises RecipeError, which need not name the layer, if a layer of this scheme has nothing to tune."""

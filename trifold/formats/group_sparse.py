@@ -6,6 +6,11 @@
     weight_scale       scale_dtype (groups,)
     weight_zero_point  int32 (ceil(groups * bits / 32),)               bitstream; asymmetric only
 
+With `scale_bits: 8` scales have two levels, and stand for scale * row scale in float32:
+
+    weight_scale       uint8 (groups,)
+    weight_row_scale   bfloat16 (out,)
+
 `groups`, in the spec, counts those that stay. A shorter last group of a row is filled with zero codes. Columns are
 bytes where a row has at most 256 groups.
 """
@@ -19,6 +24,7 @@ import torch
 from trifold.core.canonical import Canonical, Quantized, Sparse
 from trifold.core.errors import InputError
 from trifold.core.ranges import expand_groups
+from trifold.core.row_scales import from_row_scales
 from trifold.core.scheme import SCALE_DTYPES
 from trifold.formats.base import FORMATS, Layout, Spec
 from trifold.formats.bitmask import starts_of
@@ -35,12 +41,18 @@ from trifold.formats.sparse import (
     values_spec,
 )
 
-_MOST_GROUPS = 2**15
+MOST_GROUPS = 2**15
 
 
 def groups_in_row(spec: Spec) -> int:
     """Groups of one row, dropped ones among them."""
     return -(-spec["shape"][1] // spec["group_size"])
+
+
+def _two_levels(values: Quantized, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Codes (out, groups) and row scales (out,), if float32 scales have that form."""
+    known = values.scale.dtype == torch.float32 and not values.scale.is_meta
+    return from_row_scales(values.scale, kept) if known else None
 
 
 class GroupSparseFormat(SparseFormat):
@@ -56,17 +68,20 @@ class GroupSparseFormat(SparseFormat):
     def describe(self, canonical: Canonical) -> Spec:
         assert isinstance(canonical, Sparse) and isinstance(canonical.values, Quantized)
         spec = {"format": "group_sparse_int", "shape": list(canonical.shape), **values_spec(canonical.values)}
-        return spec | {"groups": int(canonical.mask[:, :: spec["group_size"]].sum())}
+        kept = canonical.mask[:, :: spec["group_size"]]
+        levels = {"scale_bits": 8} if _two_levels(canonical.values, kept) is not None else {}
+        return spec | levels | {"groups": int(kept.sum())}
 
     def label(self, spec: Spec) -> str:
         share = 1 - spec["groups"] / (spec["shape"][0] * groups_in_row(spec))
-        return f"{values_label(spec)}, {percent(share)} of groups dropped"
+        scales = ", 8-bit scales" if spec.get("scale_bits") else ""
+        return f"{values_label(spec)}{scales}, {percent(share)} of groups dropped"
 
     def layout(self, spec: Spec) -> Layout:
         (rows, columns), groups, scheme = spec["shape"], spec["groups"], scheme_of(spec)
-        if groups_in_row(spec) > _MOST_GROUPS:
+        if groups_in_row(spec) > MOST_GROUPS:
             raise InputError(
-                f"format group_sparse_int holds rows of {_MOST_GROUPS} groups at most, not in_features={columns} with "
+                f"format group_sparse_int holds rows of {MOST_GROUPS} groups at most, not in_features={columns} with "
                 f"group_size={spec['group_size']}; use a larger group_size"
             )
         found: Layout = {
@@ -75,6 +90,9 @@ class GroupSparseFormat(SparseFormat):
             "weight_column": ((groups,), torch.uint8 if groups_in_row(spec) <= 256 else torch.int16),
             "weight_scale": ((groups,), SCALE_DTYPES[scheme.scale_dtype]),
         }
+        if spec.get("scale_bits"):
+            found["weight_scale"] = ((groups,), torch.uint8)
+            found["weight_row_scale"] = ((rows,), torch.bfloat16)
         if not scheme.symmetric:
             found["weight_zero_point"] = ((words_for(groups, scheme.bits),), torch.int32)
         return found
@@ -91,6 +109,8 @@ class GroupSparseFormat(SparseFormat):
             "weight_column": kept.nonzero()[:, 1].to(torch.uint8 if kept.shape[1] <= 256 else torch.int16),
             "weight_scale": values.scale[kept],
         }
+        if (levels := _two_levels(values, kept)) is not None:
+            tensors["weight_scale"], tensors["weight_row_scale"] = levels[0][kept], levels[1]
         if values.zero_point is not None:
             tensors["weight_zero_point"] = pack_stream(values.zero_point[kept], bits)
         return tensors
@@ -103,7 +123,10 @@ class GroupSparseFormat(SparseFormat):
         row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
         at = row, tensors["weight_column"][stored].long()
         scale = torch.ones(len(counts), width, dtype=SCALE_DTYPES[scheme.scale_dtype], device=counts.device)
-        scale[at] = tensors["weight_scale"][stored]
+        if spec.get("scale_bits"):
+            scale[at] = tensors["weight_scale"][stored].float() * tensors["weight_row_scale"][rows].float()[row]
+        else:
+            scale[at] = tensors["weight_scale"][stored]
         kept = torch.zeros(scale.shape, dtype=torch.bool, device=counts.device)
         kept[at] = True
         codes = torch.zeros(len(counts), width, size, dtype=torch.uint8, device=counts.device)

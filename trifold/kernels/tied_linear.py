@@ -24,7 +24,8 @@ class TiedLinear(PackedLinear):
     def __init__(self, table: PackedEmbedding, bias: bool, bias_dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.__dict__["_table"] = table  # not a submodule: the tensors are the embedding's
-        self.spec, self._layout, self._runtime, self._holder, self._bound = table.spec, {}, {}, None, None
+        self.spec, self._layout, self._runtime, self._holder = table.spec, {}, {}, None
+        self._bound, self._shared = None, None
         self.out_features, self.in_features = table.num_embeddings, table.embedding_dim
         values = torch.empty(self.out_features, dtype=bias_dtype) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))

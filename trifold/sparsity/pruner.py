@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 
-from trifold.core.canonical import Canonical, Sparse
+from trifold.core.canonical import Canonical, Dense, Sparse
 from trifold.core.errors import RecipeError
 from trifold.core.method import Budget, LayerMethod, LayerProblem, LayerSolution
-from trifold.core.pattern import Pattern, Scope, check_sparsity
+from trifold.core.pattern import Pattern, Scope, check_sparsity, dropped
 from trifold.core.ranges import Ranges
 from trifold.core.refit import refit, toward_dense
-from trifold.core.scheme import Scheme
+from trifold.core.scheme import SCALE_DTYPES, Scheme
 from trifold.core.statistics import Drift, Gram, Statistic
 from trifold.sparsity.survivors import Metric, StoredDtype, events, round_survivors, sparse
 
@@ -36,6 +37,7 @@ class Pruner(LayerMethod):
 
     takes_scheme: ClassVar[Literal["always", "if given", "never"]] = "if given"
     needs: ClassVar[tuple[type[Statistic], ...]] = (Gram, Drift)
+    instead: ClassVar[Mapping[str, str]] = {"sparsity": "global_sparsity", "global_sparsity": "sparsity"}
 
     sparsity: float | None = None
     global_sparsity: float | None = None
@@ -55,7 +57,7 @@ class Pruner(LayerMethod):
         if self.sparsity is not None and self.global_sparsity is not None:
             raise RecipeError(
                 f"sparsity={self.sparsity} is of each layer and global_sparsity={self.global_sparsity} of all of them "
-                "together; set the other one to null"
+                "together; leave one of them out"
             )
         if not 0 <= self.dense_targets <= 1:
             raise RecipeError(f"dense_targets={self.dense_targets} is outside 0..1; 0.25 is usual, 0 means none")
@@ -69,8 +71,23 @@ class Pruner(LayerMethod):
         return (Gram, Drift) if self.refit and self.dense_targets else (Gram,)
 
     def sketch(self, shape: tuple[int, int], scheme: Scheme | None) -> Canonical:
-        """How many bytes stay depends on which weights do."""
-        raise NotImplementedError
+        """As many weights stay as will, at other places, so the size is exact, with two exceptions. Of groups that do
+        not divide the row, where survivors are counted one by one, it is the most that there can be; and what shares
+        a `global_sparsity` is taken to give up as much everywhere."""
+        values = super().sketch(shape, scheme)
+        if scheme is None:
+            values = Dense(torch.empty(shape, dtype=SCALE_DTYPES[self.dtype], device="meta"))
+        pattern, (rows, columns) = self.layout(scheme), shape
+        units = -(-columns // pattern.size)
+        if pattern.keep:
+            mask = (torch.arange(columns) % pattern.size < pattern.keep).expand(rows, -1)
+        elif self.scope == "row":
+            stay = torch.arange(units) < units - dropped(self.share(pattern), units)
+            mask = pattern.expand(stay[None], columns).expand(rows, -1)
+        else:
+            stay = torch.arange(rows * units) < rows * units - dropped(self.share(pattern), rows * units)
+            mask = pattern.expand(stay.reshape(units, rows).T, columns)  # short groups at the end go first
+        return Sparse(values, mask, pattern.text)
 
     @abstractmethod
     def layout(self, scheme: Scheme | None) -> Pattern:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,13 @@ class Metric:
     upper: torch.Tensor
     dead: torch.Tensor
     damping: Damping
+
+    @cached_property
+    def spectrum(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eigenvalues (in,) and eigenvectors (in, in), float32, of H in units in which its diagonal is 1."""
+        scale = self.hessian.diagonal().rsqrt()
+        values, vectors = torch.linalg.eigh(self.hessian * scale * scale[:, None])
+        return values.clamp(min=0.0).float(), vectors.float()
 
     @classmethod
     def of(cls, gram: torch.Tensor, ratio: float) -> Metric:

@@ -26,9 +26,9 @@ class BQPO(Tuner):
     level: ClassVar[Literal["block", "model"]] = "block"
 
     epochs: int = 4
-    lr_weights: float = 0.1
-    lr_scales: float = 0.01
-    lr_zeros: float = 0.05
+    lr_weights: float = 0.05
+    lr_scales: float = 0.003
+    lr_zeros: float = 0.015
 
     def __post_init__(self) -> None:
         rates = (self.lr_weights, self.lr_scales, self.lr_zeros)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import fmean as mean
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from trifold.core.method import TuningProblem, TuningSolution
 from trifold.tuning.tunable import tunable
 
 _BETAS, _EPSILON = (0.9, 0.95), 1e-12
+_TRIES, _BACK_OFF = 2, 0.2
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Rates:
 
 
 def descend(problem: TuningProblem, rates: Rates, epochs: int, stage: str) -> TuningSolution:
-    """Tune what was decided; the state with the least loss on the batches to judge by wins, the first one included.
+    """Tune what was decided; the state with the least loss on the batches to judge by wins, if it is better than the
+    first one by more than the standard error of their difference. Else the same is tried more slowly, and if that is no
+    better either, all stays as it was.
 
     Between epochs the state is kept, so that a run that was broken off goes on to the same result.
     """
@@ -51,19 +55,33 @@ def descend(problem: TuningProblem, rates: Rates, epochs: int, stage: str) -> Tu
     else:
         state.load(kept)
     steps = epochs * len(problem.learn)
-    for epoch in range(state.epoch, epochs):
-        generator = torch.Generator().manual_seed(problem.seed * 1000003 + epoch)
-        for turn, place in enumerate(torch.randperm(len(problem.learn), generator=generator).tolist()):
-            done = epoch * len(problem.learn) + turn
-            for group in optimiser.param_groups:
-                group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * done / steps))
-            _step(problem.loss(problem.learn[place], weights), parameters, optimiser)
-        state.finish_epoch(_judged(problem, weights))
-        losses = f"loss {state.last:.4e}  best {state.best:.4e}  began at {state.first:.4e}"
-        problem.note(f"{stage}: epoch {epoch + 1}/{epochs}  {losses}")
-        problem.keep(state.tensors())
-    state.restore_best()
-    event = {"stage": stage, "epochs": epochs, "before": state.first, "after": state.best}
+    while True:
+        share = _BACK_OFF**state.tries
+        for epoch in range(state.epoch, epochs):
+            generator = torch.Generator().manual_seed(problem.seed * 1000003 + epoch)
+            for turn, place in enumerate(torch.randperm(len(problem.learn), generator=generator).tolist()):
+                done = epoch * len(problem.learn) + turn
+                for group in optimiser.param_groups:
+                    group["lr"] = share * group["rate"] * 0.5 * (1 + math.cos(math.pi * done / steps))
+                _step(problem.loss(problem.learn[place], weights), parameters, optimiser)
+            state.finish_epoch(_judged(problem, weights))
+            losses = f"loss {mean(state.last):.4e}  best {mean(state.best):.4e}  began at {mean(state.first):.4e}"
+            problem.note(f"{stage}: epoch {epoch + 1}/{epochs}{' slower' if state.tries else ''}  {losses}")
+            problem.keep(state.tensors())
+        if state.improved or state.tries == _TRIES - 1:
+            break
+        state.retry()
+    better = state.improved
+    state.restore(better)
+    event = {
+        "stage": stage,
+        "epochs": epochs,
+        "tries": state.tries + 1,
+        "before": mean(state.first),
+        "after": mean(state.best),
+    }
+    if not better:
+        event |= {"after": event["before"], "rejected": mean(state.best)}
     return TuningSolution({name: t.canonical() for name, t in tunables.items()}, event)
 
 
@@ -78,34 +96,48 @@ def _step(loss: torch.Tensor, parameters: list[torch.nn.Parameter], optimiser: t
 
 
 @torch.no_grad()
-def _judged(problem: TuningProblem, weights: Mapping[str, Callable[[], torch.Tensor]]) -> float:
-    losses = [float(problem.loss(batch, weights)) for batch in problem.judge]
-    return math.fsum(losses) / len(losses)
+def _judged(problem: TuningProblem, weights: Mapping[str, Callable[[], torch.Tensor]]) -> list[float]:
+    return [float(problem.loss(batch, weights)) for batch in problem.judge]
 
 
 class _State:
-    """Everything that the next epoch depends on."""
+    """Everything that the next epoch depends on. first, best, last: losses of the batches to judge by."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], optimiser: torch.optim.Adam) -> None:
-        self.parameters, self.optimiser = parameters, optimiser
-        self.epoch, self.first, self.best, self.last = 0, math.inf, math.inf, math.inf
+        self.parameters, self.optimiser, self.epoch, self.tries = parameters, optimiser, 0, 0
+        self.first, self.best, self.last = list[float](), list[float](), list[float]()
         self._winner = [p.detach().clone() for p in parameters]
 
-    def begin(self, loss: float) -> None:
-        self.first = self.best = self.last = loss
+    def begin(self, losses: list[float]) -> None:
+        self.first = self.best = self.last = losses
 
-    def finish_epoch(self, loss: float) -> None:
-        self.epoch, self.last = self.epoch + 1, loss
-        if loss < self.best:
-            self.best, self._winner = loss, [p.detach().clone() for p in self.parameters]
+    def finish_epoch(self, losses: list[float]) -> None:
+        self.epoch, self.last = self.epoch + 1, losses
+        if mean(losses) < mean(self.best):
+            self.best, self._winner = losses, [p.detach().clone() for p in self.parameters]
 
-    def restore_best(self) -> None:
+    def retry(self) -> None:
+        """Begin again."""
+        self.epoch, self.tries, self.best = 0, self.tries + 1, self.first
+        self.restore(False)
+        self.optimiser.state.clear()
+
+    @property
+    def improved(self) -> bool:
+        """Whether the best state beats the first one by more than a standard error over the batches."""
+        gains = torch.tensor(self.first, dtype=torch.float64) - torch.tensor(self.best, dtype=torch.float64)
+        error = gains.std() / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+        return bool(gains.mean() > error)
+
+    def restore(self, best: bool) -> None:
+        """The best state, or the first one, whose parameters are 0."""
         with torch.no_grad():
             for parameter, value in zip(self.parameters, self._winner, strict=True):
-                parameter.copy_(value)
+                parameter.copy_(value) if best else parameter.zero_()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        found = {"numbers": torch.tensor([self.epoch, self.first, self.best, self.last], dtype=torch.float64)}
+        losses = torch.tensor([self.first, self.best, self.last], dtype=torch.float64)
+        found = {"epoch": torch.tensor([self.epoch, self.tries]), "losses": losses}
         for number, parameter in enumerate(self.parameters):
             moments = self.optimiser.state.get(parameter, {})
             found[f"{number}.value"], found[f"{number}.best"] = parameter.detach(), self._winner[number]
@@ -113,8 +145,8 @@ class _State:
         return found
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        epoch, self.first, self.best, self.last = tensors["numbers"].tolist()
-        self.epoch = int(epoch)
+        self.epoch, self.tries = tensors["epoch"].tolist()
+        self.first, self.best, self.last = tensors["losses"].tolist()
         with torch.no_grad():
             for number, parameter in enumerate(self.parameters):
                 parameter.copy_(tensors[f"{number}.value"])

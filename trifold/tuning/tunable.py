@@ -17,6 +17,7 @@ from torch import nn
 
 from trifold.core.canonical import Canonical, Chain, Dense, LowRank, Quantized, Sparse, Split, Sum
 from trifold.core.ranges import expand_groups
+from trifold.core.row_scales import from_row_scales, to_row_scales
 from trifold.core.scheme import SCALE_DTYPES
 
 _DENSE_STEP = 1 / 64
@@ -81,9 +82,13 @@ class TunableDense(Tunable):
 class TunableQuantized(Tunable):
     """Codes, of integer grids, scales and zero-points."""
 
-    def __init__(self, decided: Quantized, kinds: frozenset[str]) -> None:
+    def __init__(self, decided: Quantized, kinds: frozenset[str], kept: torch.Tensor | None = None) -> None:
+        """kept: (out, groups) bool, of groups that have a scale, if not all."""
         super().__init__()
-        self.decided, scheme = decided, decided.scheme
+        self.decided, scheme, self._kept = decided, decided.scheme, kept
+        self._two_levels = False
+        if kept is not None and decided.scale.dtype == torch.float32:
+            self._two_levels = from_row_scales(decided.scale, kept) is not None
         self._parameter(WEIGHTS, kinds, decided.codes if scheme.table is None else None)
         self._parameter(SCALES, kinds, decided.scale)
         self._parameter(ZEROS, kinds, decided.zero_point)
@@ -100,7 +105,10 @@ class TunableQuantized(Tunable):
         if self.scales is not None:
             grown = scale * self.scales.clamp(-0.5, 1.0).add(1)
             rounded = grown.to(dtype).float()
-            scale = straight_through(grown, torch.where(rounded > 0, rounded, scale))
+            rounded = torch.where(rounded > 0, rounded, scale)
+            if self._two_levels and self._kept is not None:
+                rounded = to_row_scales(rounded, self._kept)
+            scale = straight_through(grown, rounded)
         if self.zeros is not None and zero is not None:
             moved = zero + self.zeros
             if scheme.zero_point == "real":
@@ -136,7 +144,14 @@ class TunableSparse(Tunable):
 
     def __init__(self, decided: Sparse, kinds: frozenset[str]) -> None:
         super().__init__()
-        self.decided, self.values = decided, tunable(decided.values, kinds)
+        self.decided, self.values = decided, self._inside(decided, kinds)
+
+    @staticmethod
+    def _inside(decided: Sparse, kinds: frozenset[str]) -> Tunable:
+        values = decided.values
+        if not isinstance(values, Quantized) or decided.pattern != f"1x{values.scheme.group_size}":
+            return tunable(values, kinds)
+        return TunableQuantized(values, kinds, decided.mask[:, :: values.scheme.group_width(decided.shape[1])])
 
     def weight(self) -> torch.Tensor:
         return self.values.weight() * self.decided.mask
