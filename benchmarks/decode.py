@@ -37,9 +37,7 @@ print(json.dumps({"load": loaded, "load_and_first_token": status("VmHWM") - befo
 """
 
 
-def make(
-    folder: Path, layers: int, bits: int | None, symmetric: bool = False, keep: float | None = None
-) -> None:
+def make(folder: Path, layers: int, bits: int | None, symmetric: bool = False, keep: float | None = None) -> None:
     """A random model, dense or with packed blocks."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM

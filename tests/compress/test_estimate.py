@@ -96,7 +96,7 @@ def test_the_command(tiny, tmp_path):
     code, _, stderr = trifold_cli("plan", tmp_path, "-r", "w4a16-gptq")
     assert code == 2 and "no config.json" in stderr
     code, _, stderr = trifold_cli("plan", tiny(), "-r", "s50-wanda", "--set", "global_sparsity=0.4")
-    assert code == 0 and "wanda: global_sparsity is divided when it runs; sizes are as if evenly" in stderr
+    assert code == 0 and "wanda: its budget is divided when it runs; sizes are as if evenly" in stderr
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     code, _, stderr = trifold_cli("plan", tmp_path / "config.json", "-r", "w4a16-gptq")
     assert code == 2 and "not a causal language model" in stderr

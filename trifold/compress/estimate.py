@@ -121,7 +121,7 @@ def _estimate(model: Any, plan: Plan, blocks: str) -> Estimate:
         notices=(
             *plan.notices,
             *tower_notice(model),
-            *(f"{step}: global_sparsity is divided when it runs; sizes are as if evenly" for step in shared),
+            *(f"{step}: its budget is divided when it runs; sizes are as if evenly" for step in shared),
             *(_CUT_NOTICE if slices else ()),
         ),
         **totals(specs, {n: (count, cut.get(n, size)) for n, (count, size) in other.items()}, item, slices),
