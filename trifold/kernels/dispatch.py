@@ -18,6 +18,8 @@ from trifold.kernels.op import Op
 from trifold.kernels.rounded_input import blockwise as rounded_blockwise
 from trifold.kernels.rounded_input import naive as rounded_naive
 from trifold.kernels.rounded_input import torch_fp8, torch_int8, triton_int8
+from trifold.kernels.sparse import bitmap, groups
+from trifold.kernels.sparse.library import VARIANTS as SPARSE_VARIANTS
 from trifold.kernels.weight_only import blockwise, cpu, dense, naive, torch_int4
 from trifold.kernels.weight_only import torch_int8 as weight_int8
 from trifold.kernels.weight_only.planes import op as planes
@@ -36,6 +38,7 @@ class Row(NamedTuple):
 
 
 _CODES = ("int", "affine", "table")
+_BITMAPS = ("bitmask", "sparse24")
 
 TABLE: tuple[Row, ...] = (
     Row(_CODES, "as it is", "cpu", None, cpu.Compiled("amx")),
@@ -45,6 +48,8 @@ TABLE: tuple[Row, ...] = (
     Row(("int", "affine"), "as it is", "cpu", torch.bfloat16, torch_int4.TorchInt4()),
     Row(("int",), "as it is", "cpu", torch.bfloat16, weight_int8.TorchInt8()),
     Row(_CODES, "as it is", "cpu", None, cpu.Compiled("portable")),
+    *(Row(("group_sparse_int",), "as it is", "cpu", None, groups.CompiledGroups(name)) for name in SPARSE_VARIANTS),
+    *(Row(_BITMAPS, "as it is", "cpu", None, bitmap.CompiledBitmap(name)) for name in SPARSE_VARIANTS),
     Row((*_CODES, "fp8"), "as it is", "cuda", None, planes.PlaneGemm()),
     Row(("dense",), "as it is", None, None, dense.Dense()),
     Row(("low_rank",), "as it is", None, None, dense.LowRank()),

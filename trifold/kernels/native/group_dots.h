@@ -155,7 +155,7 @@ INLINE void JOIN(dot_rows_, WIDTH)(const sparse *w, const tables *t, const reque
     {                                                                                                                 \
         const int zero = zeros && w->kind == INTEGER ? w->zero[first + (i)] : 0;                                                            \
         const uint16_t *low = t->low[zero & 15], *high = t->high[zero >> 4];                                          \
-        const uint8_t *at = x + places[i];                                                                            \
+        const uint8_t *at = x + (int64_t)places[i] * tokens;                                                                            \
         FLOATS_ sum[8];                                                                                               \
         for (int m = 0; m < tokens; m++) sum[m] = OP(setzero_ps)();                                                   \
         int64_t b = 0;                                                                                                \
@@ -164,8 +164,8 @@ INLINE void JOIN(dot_rows_, WIDTH)(const sparse *w, const tables *t, const reque
             JOIN(numbers_, WIDTH)(block, low, high, numbers);                                                         \
             _Pragma("GCC unroll 8") for (int m = 0; m < tokens; m++)                                                  \
                 _Pragma("GCC unroll 2") for (int n = 0; n < TERMS; n++)                                               \
-                    sum[m] = JOIN(dot_, WIDTH)(sum[m], numbers[n], at + m * p->stride * size, floats);                \
-            block += bytes, at += UNIT * size;                                                                        \
+                    sum[m] = JOIN(dot_, WIDTH)(sum[m], numbers[n], at + m * UNIT * size, floats);                \
+            block += bytes, at += UNIT * size * tokens;                                                                      \
         } while (!single && ++b < blocks);                                                                            \
         _Pragma("GCC unroll 8") for (int m = 0; m < tokens; m++)                                                      \
             total[m][chain] = OP(fmadd_ps)(sum[m], OP(set1_ps)(scales[i]), total[m][chain]);                          \
@@ -196,8 +196,7 @@ static void JOIN(product_, WIDTH)(const sparse *w, const tables *t, const reques
     const int zeros = w->kind == INTEGER, floats = IN_FLOATS(p->dtype), single = w->blocks == 1;
     (void)zeros, (void)single;
     for (int64_t token = 0; token < p->tokens;) {
-        const int64_t left = p->tokens - token;
-        const int tokens = left >= 8 && !floats ? 8 : left >= 4 ? 4 : 1;
+        const int tokens = together(p->tokens - token, p->most);
 #define WITH_(f, n, z, s) JOIN(dot_rows_, WIDTH)(w, t, p, begin, end, token, f, n, z, s)
         if (floats && tokens == 4) WITH_(1, 4, 1, 0);
         else if (floats) WITH_(1, 1, 1, 0);

@@ -173,28 +173,27 @@ void decode(const int64_t *shape, void *const *tensors, const int64_t *wanted, i
 #undef WIDTH
 #define LEVELS(unit) ((unit) == 32 ? 1 : 0)
 #else
-#define MOST 4
 #define LEVELS(unit) 0
 
 /* Tokens token .. token + tokens - 1 of a row. */
 INLINE void float_row(const sparse *w, const request *p, int64_t row, int64_t token, int unit, int tokens)
 {
-    vf total[MOST];
+    vf total[4];
     for (int m = 0; m < tokens; m++) total[m] = (vf){0};
     const float *x = (const float *)p->x + token * p->stride;
     for (int64_t i = w->start[row]; i < w->start[row + 1]; i++) {
         const uint8_t *block = w->codes + i * w->blocks * block_bytes(unit);
         const float zero = zero_float(w, i), scale = number_at(w->scale, (int)w->wide, i);
-        const float *at = x + number_of(w, i) * w->padded;
-        vf sum[MOST];
+        const float *at = x + number_of(w, i) * w->padded * tokens;
+        vf sum[4];
         for (int m = 0; m < tokens; m++) sum[m] = (vf){0};
         __builtin_prefetch(block + FETCHED, 0, 2);
-        for (int64_t b = 0; b < w->blocks; b++, block += block_bytes(unit))
-            for (int half = 0; half < unit / 16; half++, at += 16) {
+        for (int64_t b = 0; b < w->blocks; b++, block += block_bytes(unit), at += unit * tokens)
+            for (int half = 0; half < unit / 16; half++) {
                 const vf value = floats_of(block, unit, half, zero);
                 for (int m = 0; m < tokens; m++) {
                     vf with;
-                    memcpy(&with, at + m * p->stride, sizeof with);
+                    memcpy(&with, at + m * unit + 16 * half, sizeof with);
                     sum[m] += value * with;
                 }
             }
@@ -206,12 +205,11 @@ INLINE void float_row(const sparse *w, const request *p, int64_t row, int64_t to
 static void float_product(const sparse *w, const request *p, int64_t begin, int64_t end)
 {
     for (int64_t token = 0; token < p->tokens;) {
-        const int64_t left = p->tokens - token;
-        const int tokens = left >= MOST ? MOST : 1;
+        const int tokens = together(p->tokens - token, p->most);
         for (int64_t row = begin; row < end; row++)
-            if (w->unit == 32 && tokens == MOST) float_row(w, p, row, token, 32, MOST);
+            if (w->unit == 32 && tokens == 4) float_row(w, p, row, token, 32, 4);
             else if (w->unit == 32) float_row(w, p, row, token, 32, 1);
-            else if (tokens == MOST) float_row(w, p, row, token, 16, MOST);
+            else if (tokens == 4) float_row(w, p, row, token, 16, 4);
             else float_row(w, p, row, token, 16, 1);
         token += tokens;
     }
@@ -227,7 +225,8 @@ int linear(const int64_t *shape, void *const *tensors, const void *x, const void
     request p = {.tokens = tokens, .dtype = dtype, .rows = w.rows, .bias = bias, .y = y};
     const int floats = IN_FLOATS(dtype);
     uint8_t *room;
-    if (place(&p, x, w.columns, w.group, w.padded, floats, floats ? LEVELS(w.unit) : 0, &room, threads)) return 1;
+    p.most = floats ? 4 : 8;
+    if (place(&p, x, w.columns, w.group, w.padded, w.unit, floats, floats ? LEVELS(w.unit) : 0, &room)) return 1;
 #if defined(__AVX512BW__)
     tables t[1];
     make_tables(&w, t);

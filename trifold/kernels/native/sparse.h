@@ -16,12 +16,16 @@
 #define SHARES(n) DO(omp parallel for schedule(static, 1) num_threads((int)(n)) if ((n) > 1))
 #define FETCHED 2048 /* bytes of a stream that are asked for before they are needed */
 
-/* A product in progress. x: (tokens, stride), as `place` left it; y and bias: of `dtype`. */
+/* A product in progress. x: as `place` left it, token by token `stride` numbers; y and bias: of `dtype`. */
 typedef struct {
     int64_t tokens, stride, dtype, rows;
+    int most; /* tokens that are multiplied at once */
     const void *x, *bias;
     void *y;
 } request;
+
+/* Tokens that are multiplied at once, of those left. */
+INLINE int together(int64_t left, int most) { return left >= most ? most : left >= 4 && most > 4 ? 4 : 1; }
 
 INLINE void store_output(const request *p, int64_t token, int64_t row, float value)
 {
@@ -49,26 +53,27 @@ INLINE float number_at(const void *base, int wide, int64_t at)
     return wide ? ((const float *)base)[at] : widened(((const uint16_t *)base)[at]);
 }
 
-/* Where vectors want a column of a span of 16 << levels: `levels` times, even ones before odd ones. */
-INLINE int64_t place_of(int64_t column, int levels)
+/* Where vectors want a column of a span: `levels` times, even ones before odd ones. */
+INLINE int64_t place_of(int64_t column, int64_t span, int levels)
 {
     int64_t place = column;
-    for (int level = 0, span = 16 << levels; level < levels; level++, span /= 2) {
+    for (; levels > 0; levels--, span /= 2) {
         const int64_t in = place % span;
         place += in / 2 + in % 2 * (span / 2) - in;
     }
     return place;
 }
 
-/* One token: its columns in groups of `group`, each filled with zeros to `padded`, which are whole spans. */
-INLINE void place_token(const void *from, int64_t columns, int64_t group, int64_t padded, int64_t dtype, void *to,
-                        int floats, int levels)
+/* One token of `count`: its columns in groups of `group`, each filled with zeros to `padded`, which are whole spans of
+   `span` columns; the spans of tokens that are multiplied at once lie side by side. */
+INLINE void place_token(const void *from, int64_t columns, int64_t group, int64_t padded, int64_t span, int64_t dtype,
+                        void *to, int floats, int levels, int64_t count)
 {
     const uint16_t *halves = from;
     const float *wide = from;
     for (int64_t g = 0, at = 0; g < columns; g += group, at += padded)
         for (int64_t c = 0; c < padded; c++) {
-            const int64_t place = at + place_of(c, levels);
+            const int64_t place = (at + c) / span * span * count + place_of(c % span, span, levels);
             const int there = c < group && g + c < columns;
             if (!floats) ((uint16_t *)to)[place] = there ? halves[g + c] : 0;
             else if (dtype == BFLOAT16) ((float *)to)[place] = there ? widened(halves[g + c]) : 0;
@@ -76,23 +81,23 @@ INLINE void place_token(const void *from, int64_t columns, int64_t group, int64_
         }
 }
 
-/* The request's activations in place, or NULL without memory; free `*room` afterwards. */
-static int place(request *p, const void *x, int64_t columns, int64_t group, int64_t padded, int floats, int levels,
-                 uint8_t **room, int64_t threads)
+/* The request's activations in place, or 1 without memory; free `*room` afterwards. */
+static int place(request *p, const void *x, int64_t columns, int64_t group, int64_t padded, int64_t span, int floats,
+                 int levels, uint8_t **room)
 {
     const int64_t groups = (columns + group - 1) / group, size = floats ? 4 : 2, given = p->dtype == BFLOAT16 ? 2 : 4;
     p->stride = groups * padded;
     p->x = x, *room = 0;
-    if (!levels && size == given && p->stride == columns) return 0;
+    if (!levels && size == given && p->stride == columns && together(p->tokens, p->most) == 1) return 0;
     *room = aligned_alloc(64, (size_t)(p->tokens * p->stride * size + 63) / 64 * 64);
     if (!*room) return 1;
     p->x = *room;
-    const int64_t movers = p->tokens > 32 ? threads : 1;
-    SHARES(movers)
-    for (int64_t share = 0; share < movers; share++)
-        for (int64_t m = p->tokens * share / movers; m < p->tokens * (share + 1) / movers; m++)
-            place_token((const uint8_t *)x + m * columns * given, columns, group, padded, p->dtype,
-                        *room + m * p->stride * size, floats, levels);
+    for (int64_t first = 0, count; first < p->tokens; first += count) {
+        count = together(p->tokens - first, p->most);
+        for (int64_t m = 0; m < count; m++)
+            place_token((const uint8_t *)x + (first + m) * columns * given, columns, group, padded, span, p->dtype,
+                        *room + (first * p->stride + m * span) * size, floats, levels, count);
+    }
     return 0;
 }
 

@@ -28,7 +28,7 @@ _DENSE_FROM = {
     "avx512_bf16": {torch.bfloat16: 24, torch.float32: 32},
     "avx512": {torch.bfloat16: 16, torch.float32: 32},
     "avx2": {torch.bfloat16: 16, torch.float32: 16},
-    "portable": {torch.bfloat16: 8, torch.float32: 8},
+    "portable": {torch.bfloat16: 16, torch.float32: 16},
 }
 """Number of tokens from which dense tiles and the platform's product are faster."""
 
