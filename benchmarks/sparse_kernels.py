@@ -30,8 +30,12 @@ TOKENS = (1, 4, 16)
 
 
 def sparse(size: int, pattern: str, share: float, scheme: Scheme | None) -> tuple[Tensors, dict[str, Any]]:
-    """Random survivors: stored tensors and spec. scheme: None for bfloat16."""
-    mask = Pattern.parse(pattern).mask(torch.rand(size, size), share, "matrix")
+    """Survivors at random, about 1 - share of all: stored tensors and spec. scheme: None for bfloat16."""
+    if pattern == "2:4":
+        mask = Pattern.parse(pattern).mask(torch.rand(size, size), share, "matrix")
+    else:
+        width = 1 if pattern == "unstructured" else int(pattern[2:])
+        mask = (torch.rand(size, size // width) >= share).repeat_interleave(width, 1)
     values: Canonical = Dense(torch.randn(size, size).bfloat16())
     if scheme is not None:
         codes = torch.randint(0, 2**scheme.bits, (size, size), dtype=torch.uint8)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from trifold.core.errors import CheckpointError
 from trifold.core.scheme import SCALE_DTYPES
@@ -14,7 +15,6 @@ from trifold.formats.bitmask import starts_of
 from trifold.formats.bitstream import pack_bits, unpack_bits, words_for
 from trifold.formats.quantized import scheme_of
 from trifold.formats.sparse import pack_stream
-from trifold.formats.sparse24 import index_of, mask_of
 from trifold.kernels.op import Tensors
 from trifold.kernels.sparse.cpu import TAIL, Compiled, longer
 
@@ -49,18 +49,16 @@ class CompiledBitmap(Compiled):
         return survivors_of(spec)
 
     def prepare(self, tensors: Tensors, spec: Spec) -> Tensors:
-        mask = mask_from(tensors, spec)
+        words = mask_words(tensors, spec)
         if "dtype" in spec:
-            words = tensors["weight_mask"] if spec["format"] == "bitmask" else pack_bits(mask, 1)
-            return {"start": starts_of(mask.sum(1)), "mask": words, "values": longer(tensors["weight"])}
+            return {"start": starts_of(counts(words).sum(1)), "mask": words, "values": longer(tensors["weight"])}
         (rows, columns), scheme = spec["shape"], scheme_of(spec)
-        spans = self._by_span(mask, spec)
-        octets = (spans.sum(2) + 1) // 2
-        start = torch.nn.functional.pad(octets.sum(1).cumsum(0), (1, 0))
+        spans = _spans(words, columns, scheme.group_width(columns))
+        start = pad(((counts(spans) + 1) // 2).sum(1).cumsum(0), (1, 0))
         wide = torch.float32 if self.shape(spec)[4] else torch.bfloat16
         made = {
             "start": start,
-            "mask": pack_bits(spans.flatten(1), 1).view(torch.int64),
+            "mask": spans,
             "values": torch.zeros(int(start[-1]) + TAIL, dtype=torch.uint8),
             "scale": tensors["weight_scale"].to(wide),
         }
@@ -72,32 +70,42 @@ class CompiledBitmap(Compiled):
         return made
 
     def restore(self, tensors: Tensors, spec: Spec) -> Tensors:
-        rows, columns = spec["shape"]
-        count = survivors_of(spec)
+        count, columns = survivors_of(spec), spec["shape"][1]
         if "dtype" in spec:
-            mask = unpack_bits(tensors["mask"], 1, columns)
-            return {"weight": tensors["values"][:count].clone(), **mask_tensors(mask, spec)}
+            return {"weight": tensors["values"][:count].clone(), **mask_tensors(tensors["mask"], spec)}
         scheme = scheme_of(spec)
         words = torch.zeros(words_for(count, scheme.bits), dtype=torch.int32)
         self._library(spec).convert(self.shape(spec), self._stored(tensors), words, True)
-        width = scheme.group_width(columns)
-        spans = unpack_bits(tensors["mask"].view(torch.int32), 1, tensors["mask"].shape[1] * _SPAN)
-        mask = spans.reshape(rows, -(-columns // width), -1)[..., :width].flatten(1)[:, :columns]
         portable = {
             "weight": words,
             "weight_scale": tensors["scale"].to(SCALE_DTYPES[spec["scale_dtype"]], copy=True),
-            **mask_tensors(mask.contiguous(), spec),
+            **mask_tensors(_words(tensors["mask"], columns, scheme.group_width(columns)), spec),
         }
         if not scheme.symmetric:
             portable["weight_zero_point"] = pack_stream(tensors["zero"], scheme.bits)
         return portable
 
-    @staticmethod
-    def _by_span(mask: torch.Tensor, spec: Spec) -> torch.Tensor:
-        """mask uint8 (rows, columns) -> (rows, spans, 64): groups filled up to whole spans."""
-        width = scheme_of(spec).group_width(spec["shape"][1])
-        groups = torch.nn.functional.pad(mask, (0, -mask.shape[1] % width)).unflatten(1, (-1, width))
-        return torch.nn.functional.pad(groups, (0, -width % _SPAN)).reshape(len(mask), -1, _SPAN)
+
+def _aligned(columns: int, width: int) -> bool:
+    return columns % _SPAN == 0 and (width % _SPAN == 0 or width == columns)
+
+
+def _spans(words: torch.Tensor, columns: int, width: int) -> torch.Tensor:
+    """int32 (rows, words) -> int64 (rows, spans): groups of `width` columns filled up to whole spans."""
+    if _aligned(columns, width):
+        return words.view(torch.int64)
+    mask = unpack_bits(words, 1, columns)
+    by_group = pad(mask, (0, -columns % width)).unflatten(1, (-1, width))
+    return pack_bits(pad(by_group, (0, -width % _SPAN)).flatten(1), 1).view(torch.int64)
+
+
+def _words(spans: torch.Tensor, columns: int, width: int) -> torch.Tensor:
+    """The inverse."""
+    if _aligned(columns, width):
+        return spans.view(torch.int32)
+    mask = unpack_bits(spans.view(torch.int32), 1, spans.shape[1] * _SPAN)
+    by_group = mask.unflatten(1, (-(-columns // width), -1))[..., :width]
+    return pack_bits(by_group.flatten(1)[:, :columns], 1)
 
 
 def no_survivors(spec: Spec) -> str | None:
@@ -116,24 +124,53 @@ def survivors_of(spec: Spec) -> int:
     return int(spec["survivors"] if spec["format"] == "bitmask" else rows * columns // 2)
 
 
-def mask_from(tensors: Tensors, spec: Spec) -> torch.Tensor:
-    """The bitmap of a `bitmask` or `sparse24`, uint8 (rows, columns). Raises CheckpointError if it cannot be."""
-    rows, columns = spec["shape"]
+def counts(words: torch.Tensor) -> torch.Tensor:
+    """How many bits of each number of a row are set: int64, the same shape."""
+    octets = words.contiguous().view(torch.uint8).unflatten(1, (words.shape[1], -1))
+    return _through(octets, _set_bits()).sum(2)
+
+
+def mask_words(tensors: Tensors, spec: Spec) -> torch.Tensor:
+    """The bitmap of a `bitmask` or `sparse24`, int32 (rows, words). Raises CheckpointError if it cannot be one."""
     if spec["format"] == "sparse24":
-        mask = mask_of(unpack_bits(tensors["weight_index"], 4, columns // 4)).to(torch.uint8)
-        if int(mask.sum()) != survivors_of(spec):
-            raise CheckpointError("weight_index names one place twice; the file is damaged")
-        return mask
+        octets = tensors["weight_index"].contiguous().view(torch.uint8)
+        words = _through(octets, _octets()).view(torch.int32)
+        if int(counts(words).sum()) != survivors_of(spec):
+            raise CheckpointError("weight_index has a code that names no two places; the file is damaged")
+        return words
     words = tensors["weight_mask"]
-    mask = unpack_bits(words, 1, columns)
-    starts = starts_of(mask.sum(1))
+    starts = starts_of(counts(words).sum(1))
     if not torch.equal(starts, tensors["weight_row_start"]) or int(starts[-1]) != spec["survivors"]:
         raise CheckpointError("weight_mask and weight_row_start do not count the same survivors; the file is damaged")
-    return mask
+    return words
 
 
-def mask_tensors(mask: torch.Tensor, spec: Spec) -> Tensors:
+def mask_tensors(words: torch.Tensor, spec: Spec) -> Tensors:
     """The inverse."""
     if spec["format"] == "sparse24":
-        return {"weight_index": pack_bits(index_of(mask.bool()), 4)}
-    return {"weight_mask": pack_bits(mask, 1), "weight_row_start": starts_of(mask.sum(1))}
+        code, bits = torch.arange(16, dtype=torch.uint8), _quads()
+        back = torch.zeros(16, dtype=torch.uint8)
+        back[bits[bits > 0].long()] = code[bits > 0]
+        both = (back[None, :] | back[:, None] << 4).flatten()
+        return {"weight_index": _through(words.contiguous().view(torch.uint8), both).view(torch.int32)}
+    return {"weight_mask": words, "weight_row_start": starts_of(counts(words).sum(1))}
+
+
+def _through(octets: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return table.to(octets.device)[octets.int()]
+
+
+def _set_bits() -> torch.Tensor:
+    return unpack_bits(torch.arange(256, dtype=torch.int32)[:, None], 1, 8).sum(1)
+
+
+def _quads() -> torch.Tensor:
+    """A code of `sparse24` -> the four bits of a bitmap that it stands for; no bits for what is no code."""
+    code = torch.arange(16, dtype=torch.int32)
+    first, second = code & 3, code >> 2
+    return torch.where(first < second, (1 << first) | (1 << second), 0).to(torch.uint8)
+
+
+def _octets() -> torch.Tensor:
+    """The same for two codes in a byte."""
+    return (_quads()[None, :] | _quads()[:, None] << 4).flatten()
