@@ -19,6 +19,7 @@ from trifold.kernels.rounded_input import blockwise as rounded_blockwise
 from trifold.kernels.rounded_input import naive as rounded_naive
 from trifold.kernels.rounded_input import torch_fp8, torch_int8, triton_int8
 from trifold.kernels.sparse import bitmap, groups
+from trifold.kernels.sparse import naive as sparse_naive
 from trifold.kernels.sparse.library import VARIANTS as SPARSE_VARIANTS
 from trifold.kernels.weight_only import blockwise, cpu, dense, naive, torch_int4
 from trifold.kernels.weight_only import torch_int8 as weight_int8
@@ -55,6 +56,7 @@ TABLE: tuple[Row, ...] = (
     Row(("low_rank",), "as it is", None, None, dense.LowRank()),
     Row(None, "as it is", None, None, blockwise.Blockwise()),
     Row(None, "as it is", None, None, naive.Naive()),
+    Row(("group_sparse_int", *_BITMAPS), "as it is", None, None, sparse_naive.Naive()),
     Row(("int",), "int", "cpu", None, torch_int8.TorchInt8()),
     Row(("int",), "int", "cuda", None, triton_int8.TritonInt8()),
     Row(("fp8",), "fp8_e4m3", None, None, torch_fp8.TorchFP8()),

@@ -232,7 +232,7 @@ INLINE __m512 dot(__m512 sum, __m512i numbers, const void *x, int floats)
 INLINE void rows_of(const sparse *w, const tables *t, const request *p, int64_t begin, int64_t end, int64_t token,
                     int floats, int tokens)
 {
-    const int chains = tokens == 1 ? 4 : 1;
+    const int chains = tokens > 1 ? 1 : BITS == 4 ? 2 : 4;
     const int64_t size = floats ? 4 : 2;
     const uint8_t *values = w->values + begin_of(w, begin);
     for (int64_t row = begin; row < end; row++) {
@@ -254,15 +254,19 @@ INLINE void rows_of(const sparse *w, const tables *t, const request *p, int64_t 
         _mm_prefetch(values + FETCHED, _MM_HINT_T0);                                                                  \
         _Pragma("GCC unroll 8") for (int m = 0; m < tokens; m++)                                                      \
             _Pragma("GCC unroll 2") for (int v = 0; v < VECTORS; v++)                                                 \
-                sum[m][(chain) % chains] =                                                                            \
-                    dot(sum[m][(chain) % chains], numbers[v], x + (m * SPAN + 32 * v) * size, floats);                \
+                sum[m][(chain + v) % chains] =                                                                        \
+                    dot(sum[m][(chain + v) % chains], numbers[v], x + (m * SPAN + 32 * v) * size, floats);            \
         values += bytes_of(mask), x += SPAN * size * tokens;                                                          \
     }
-            for (; tokens == 1 && span + 4 <= last;) {
+            for (; BITS == 16 && tokens == 1 && span + 4 <= last;) {
                 SPAN_(0) span++;
                 SPAN_(1) span++;
                 SPAN_(2) span++;
                 SPAN_(3) span++;
+            }
+            for (; BITS == 4 && tokens == 1 && span + 2 <= last;) {
+                SPAN_(0) span++;
+                SPAN_(0) span++;
             }
             for (; span < last; span++) SPAN_(0)
 #undef SPAN_

@@ -27,12 +27,19 @@ typedef struct {
 /* Tokens that are multiplied at once, of those left. */
 INLINE int together(int64_t left, int most) { return left >= most ? most : left >= 4 && most > 4 ? 4 : 1; }
 
+INLINE uint16_t narrowed(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return value == value ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
+}
+
 INLINE void store_output(const request *p, int64_t token, int64_t row, float value)
 {
     const int64_t at = token * p->rows + row;
     if (p->dtype == BFLOAT16) {
         if (p->bias) value += widened(((const uint16_t *)p->bias)[row]);
-        ((uint16_t *)p->y)[at] = to_bfloat16((vf){0} + value)[0];
+        ((uint16_t *)p->y)[at] = narrowed(value);
     } else {
         ((float *)p->y)[at] = p->bias ? value + ((const float *)p->bias)[row] : value;
     }

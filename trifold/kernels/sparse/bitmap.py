@@ -87,7 +87,7 @@ class CompiledBitmap(Compiled):
 
 
 def _aligned(columns: int, width: int) -> bool:
-    return columns % _SPAN == 0 and (width % _SPAN == 0 or width == columns)
+    return width % _SPAN == 0 and columns % width == 0
 
 
 def _spans(words: torch.Tensor, columns: int, width: int) -> torch.Tensor:
