@@ -251,7 +251,6 @@ INLINE void rows_of(const sparse *w, const tables *t, const request *p, int64_t 
         const uint64_t mask = mask_at(w, row, span);                                                                  \
         __m512i numbers[2];                                                                                           \
         numbers_of(values, mask, table, numbers);                                                                     \
-        _mm_prefetch(values + FETCHED, _MM_HINT_T0);                                                                  \
         _Pragma("GCC unroll 8") for (int m = 0; m < tokens; m++)                                                      \
             _Pragma("GCC unroll 2") for (int v = 0; v < VECTORS; v++)                                                 \
                 sum[m][(chain + v) % chains] =                                                                        \
@@ -259,16 +258,23 @@ INLINE void rows_of(const sparse *w, const tables *t, const request *p, int64_t 
         values += bytes_of(mask), x += SPAN * size * tokens;                                                          \
     }
             for (; BITS == 16 && tokens == 1 && span + 4 <= last;) {
+                _mm_prefetch(values + FETCHED, _MM_HINT_T0), _mm_prefetch(values + FETCHED + 64, _MM_HINT_T0);
+                _mm_prefetch((const uint32_t *)w->mask + row * w->spans + span + FETCHED / 4, _MM_HINT_T0);
                 SPAN_(0) span++;
                 SPAN_(1) span++;
                 SPAN_(2) span++;
                 SPAN_(3) span++;
             }
             for (; BITS == 4 && tokens == 1 && span + 2 <= last;) {
+                _mm_prefetch(values + FETCHED, _MM_HINT_T0);
+                _mm_prefetch((const uint64_t *)w->mask + row * w->spans + span + FETCHED / 8, _MM_HINT_T0);
                 SPAN_(0) span++;
                 SPAN_(0) span++;
             }
-            for (; span < last; span++) SPAN_(0)
+            for (; span < last; span++) {
+                _mm_prefetch(values + FETCHED, _MM_HINT_T0);
+                SPAN_(0)
+            }
 #undef SPAN_
             const __m512 scale = _mm512_set1_ps(BITS == 4 ? number_at(w->scale, (int)w->wide, place) : 1.0f);
             for (int m = 0; m < tokens; m++) {

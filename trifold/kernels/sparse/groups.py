@@ -12,7 +12,7 @@ from trifold.formats.group_sparse import groups_in_row
 from trifold.formats.quantized import scheme_of
 from trifold.formats.sparse import pack_stream
 from trifold.kernels.op import Tensors
-from trifold.kernels.sparse.cpu import Compiled, check_starts, longer
+from trifold.kernels.sparse.cpu import TAIL, Compiled, check_starts, longer
 
 
 class CompiledGroups(Compiled):
@@ -49,7 +49,7 @@ class CompiledGroups(Compiled):
         made = {
             "start": tensors["weight_row_start"],
             "number": longer(number),
-            "codes": torch.zeros(groups * -(-group // unit) * unit * bits // 8, dtype=torch.uint8),
+            "codes": torch.zeros(groups * -(-group // unit) * unit * bits // 8 + TAIL, dtype=torch.uint8),
             "scale": longer(scale.to(torch.float32 if self.shape(spec)[4] else torch.bfloat16)),
         }
         if not spec["symmetric"]:
