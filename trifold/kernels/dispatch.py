@@ -20,6 +20,8 @@ from trifold.kernels.rounded_input import naive as rounded_naive
 from trifold.kernels.rounded_input import torch_fp8, torch_int8, triton_int8
 from trifold.kernels.sparse import bitmap, groups
 from trifold.kernels.sparse import naive as sparse_naive
+from trifold.kernels.sparse.gpu import bitmap as gpu_bitmap
+from trifold.kernels.sparse.gpu import groups as gpu_groups
 from trifold.kernels.sparse.library import VARIANTS as SPARSE_VARIANTS
 from trifold.kernels.weight_only import blockwise, cpu, dense, naive, torch_int4
 from trifold.kernels.weight_only import torch_int8 as weight_int8
@@ -52,6 +54,8 @@ TABLE: tuple[Row, ...] = (
     *(Row(("group_sparse_int",), "as it is", "cpu", None, groups.CompiledGroups(name)) for name in SPARSE_VARIANTS),
     *(Row(_BITMAPS, "as it is", "cpu", None, bitmap.CompiledBitmap(name)) for name in SPARSE_VARIANTS),
     Row((*_CODES, "fp8"), "as it is", "cuda", None, planes.PlaneGemm()),
+    Row(("group_sparse_int",), "as it is", "cuda", None, gpu_groups.TritonGroups()),
+    Row(_BITMAPS, "as it is", "cuda", None, gpu_bitmap.TritonBitmap()),
     Row(("dense",), "as it is", None, None, dense.Dense()),
     Row(("low_rank",), "as it is", None, None, dense.LowRank()),
     Row(None, "as it is", None, None, blockwise.Blockwise()),

@@ -1,0 +1,93 @@
+"""Products with bitmaps: loaded sparse, spread in registers, multiplied dense by tensor cores.
+
+Xia et al. 2023, "Flash-LLM", arXiv 2309.10285, spread survivors into shared memory, where Triton cannot scatter to. Here
+each place of a tile finds its survivor instead: how many bits of the map are set before it is where to load from.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from trifold.kernels.weight_only.planes.unpacking import INTERPRETED
+
+SPAN = tl.constexpr(32)
+
+
+@triton.jit
+def _octets(word):
+    """uint32 (n,) -> the number of bits set in its lowest one, two, three and four bytes, a byte each."""
+    v = word - ((word >> 1) & 0x55555555)
+    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+    return ((v + (v >> 4)) & 0x0F0F0F0F) * 0x01010101
+
+
+@triton.jit
+def _spread(values_ptr, base, word, counts, BN: tl.constexpr):
+    """32 columns of BN rows, (BN, 32). base: where the survivors of each row go on."""
+    octet = tl.arange(0, 4)
+    before = ((counts << 8)[:, None] >> (8 * octet).to(tl.uint32)[None, :]) & 255
+    place = 8 * octet[:, None] + tl.arange(0, 8)[None, :]
+    bits = ((word[:, None, None] >> place.to(tl.uint32)[None, :, :]) & 1).to(tl.int32)
+    rank = before.to(tl.int32)[:, :, None] + tl.cumsum(bits, 2) - bits
+    values = tl.load(values_ptr + base[:, None, None] + rank, mask=bits != 0, other=0.0, eviction_policy="evict_first")
+    return tl.reshape(values, (BN, SPAN))
+
+
+@triton.jit(do_not_specialize=["M", "CHUNKS", "SHARE"])
+def multiply(
+    x_ptr, mask_ptr, offset_ptr, values_ptr, bias_ptr, y_ptr, partial_ptr, M, N, K, CHUNKS, SHARE,
+    BIAS: tl.constexpr, WHOLE: tl.constexpr, SHARED: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr,
+):  # fmt: skip
+    """y (M, N), or with SHARED parts of it (programs, M, N), of SHARE chunks each, for `total`.
+
+    mask: int32 (words, N). offset: (CHUNKS, N), where the survivors of a row go on at each CHUNK words.
+    """
+    m_blocks = tl.cdiv(M, BM)
+    n = tl.program_id(0) // m_blocks * BN + tl.arange(0, BN)
+    m = tl.program_id(0) % m_blocks * BM + tl.arange(0, BM)
+    part = tl.program_id(1)
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    row = tl.minimum(n, N - 1)
+    token = tl.minimum(m, M - 1).to(tl.int64)
+    chunk = part * SHARE
+    stop = tl.minimum(tl.minimum(chunk + SHARE, CHUNKS) * CHUNK, tl.cdiv(K, SPAN))
+    base = tl.load(offset_ptr + chunk * N + row)
+    k = tl.arange(0, SPAN)
+    total = tl.zeros((BN, BM), dtype=tl.float32)
+    for i in range(chunk * CHUNK, stop):
+        word = tl.load(mask_ptr + tl.cast(i, tl.int64) * N + row).to(tl.uint32, bitcast=True)
+        counts = _octets(word)
+        w = _spread(values_ptr, base, word, counts, BN)
+        column = k + i * 32
+        at = x_ptr + token[None, :] * K + column[:, None]
+        if WHOLE:
+            x = tl.load(at)
+        else:
+            x = tl.load(at, mask=(column < K)[:, None], other=0.0)
+        if INTERPRETED:  # the interpreter's product of bfloat16 is wrong
+            total = tl.dot(w.to(tl.float32), x.to(tl.float32), total)
+        else:
+            total = tl.dot(w, x, total)
+        base += (counts >> 24).to(tl.int32)
+    place = m[None, :].to(tl.int64) * N + n[:, None]
+    if SHARED:
+        tl.store(partial_ptr + part.to(tl.int64) * M * N + place, total, mask=inside)
+    else:
+        if BIAS:
+            total += tl.load(bias_ptr + row).to(tl.float32)[:, None]
+        tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["COUNT", "PARTS"])
+def total(partial_ptr, bias_ptr, y_ptr, N, COUNT, PARTS, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """Parts of all COUNT outputs, added up in their order."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < COUNT
+    y = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in range(PARTS):
+        y += tl.load(partial_ptr + tl.cast(part, tl.int64) * COUNT + i, mask=inside, other=0.0)
+    if BIAS:
+        y += tl.load(bias_ptr + i % N, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=inside)
