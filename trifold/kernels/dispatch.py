@@ -18,7 +18,7 @@ from trifold.kernels.op import Op
 from trifold.kernels.rounded_input import blockwise as rounded_blockwise
 from trifold.kernels.rounded_input import naive as rounded_naive
 from trifold.kernels.rounded_input import torch_fp8, torch_int8, triton_int8
-from trifold.kernels.sparse import bitmap, groups
+from trifold.kernels.sparse import bitmap, groups, torch24
 from trifold.kernels.sparse import naive as sparse_naive
 from trifold.kernels.sparse.gpu import bitmap as gpu_bitmap
 from trifold.kernels.sparse.gpu import groups as gpu_groups
@@ -55,6 +55,7 @@ TABLE: tuple[Row, ...] = (
     *(Row(_BITMAPS, "as it is", "cpu", None, bitmap.CompiledBitmap(name)) for name in SPARSE_VARIANTS),
     Row((*_CODES, "fp8"), "as it is", "cuda", None, planes.PlaneGemm()),
     Row(("group_sparse_int",), "as it is", "cuda", None, gpu_groups.TritonGroups()),
+    Row(("sparse24",), "as it is", "cuda", None, torch24.TorchSparse24()),
     Row(_BITMAPS, "as it is", "cuda", None, gpu_bitmap.TritonBitmap()),
     Row(("dense",), "as it is", None, None, dense.Dense()),
     Row(("low_rank",), "as it is", None, None, dense.LowRank()),

@@ -16,7 +16,8 @@ from trifold.kernels.weight_only.blockwise import Blockwise
 CHUNK = 16
 """Words of a bitmap, of 32 columns each, after which is stored where survivors go on."""
 ROWS = 64
-_BLOCKS = 4  # of four warps, for each processor of the GPU
+WARPS = 4
+_BLOCKS = 4  # for each processor of the GPU
 _MOST_SHARES = 16
 
 
@@ -88,7 +89,7 @@ def bitmap_linear(
         multiply[(triton.cdiv(out_features, ROWS) * triton.cdiv(tokens, together), parts)](
             x.contiguous(), mask, offset, values, given, y, partial, tokens, out_features, in_features, chunks, share,
             BIAS=bias is not None, WHOLE=in_features % 32 == 0, SHARED=parts > 1, CHUNK=CHUNK, BN=ROWS, BM=together,
-            num_warps=4,
+            num_warps=WARPS,
         )  # fmt: skip
         if parts > 1:
             total[(triton.cdiv(y.numel(), 1024),)](

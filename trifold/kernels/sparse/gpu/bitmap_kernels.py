@@ -23,15 +23,30 @@ def _octets(word):
 
 
 @triton.jit
+def _next(values_ptr, place, octet, C: tl.constexpr):
+    """What is at bit C of each byte, and where the survivors go on after it."""
+    bit = (octet >> C) & 1
+    value = tl.load(values_ptr + place, mask=bit != 0, other=0.0, eviction_policy="evict_first")
+    return value, place + bit
+
+
+@triton.jit
 def _spread(values_ptr, base, word, counts, BN: tl.constexpr):
-    """32 columns of BN rows, (BN, 32). base: where the survivors of each row go on."""
-    octet = tl.arange(0, 4)
-    before = ((counts << 8)[:, None] >> (8 * octet).to(tl.uint32)[None, :]) & 255
-    place = 8 * octet[:, None] + tl.arange(0, 8)[None, :]
-    bits = ((word[:, None, None] >> place.to(tl.uint32)[None, :, :]) & 1).to(tl.int32)
-    rank = before.to(tl.int32)[:, :, None] + tl.cumsum(bits, 2) - bits
-    values = tl.load(values_ptr + base[:, None, None] + rank, mask=bits != 0, other=0.0, eviction_policy="evict_first")
-    return tl.reshape(values, (BN, SPAN))
+    """32 columns of BN rows, (BN, 32). base: where the survivors of each row go on. A thread has whole bytes."""
+    shift = (8 * tl.arange(0, 4)).to(tl.uint32)[None, :]
+    octet = (word[:, None] >> shift).to(tl.int32, bitcast=True)
+    place = base[:, None] + (((counts << 8)[:, None] >> shift) & 255).to(tl.int32)
+    v0, place = _next(values_ptr, place, octet, 0)
+    v1, place = _next(values_ptr, place, octet, 1)
+    v2, place = _next(values_ptr, place, octet, 2)
+    v3, place = _next(values_ptr, place, octet, 3)
+    v4, place = _next(values_ptr, place, octet, 4)
+    v5, place = _next(values_ptr, place, octet, 5)
+    v6, place = _next(values_ptr, place, octet, 6)
+    v7, place = _next(values_ptr, place, octet, 7)
+    even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
+    odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
+    return tl.reshape(tl.join(even, odd), (BN, SPAN))
 
 
 @triton.jit(do_not_specialize=["M", "CHUNKS", "SHARE"])

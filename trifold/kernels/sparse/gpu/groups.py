@@ -17,7 +17,7 @@ from trifold.kernels.weight_only.blockwise import Blockwise
 
 WIDTHS = (2, 4, 8)  # codes that fill words of 32 bits in their order
 BLOCK = 64  # groups of 16 that a program takes at once; fewer of longer ones
-_PROGRAMS = 16  # of four warps, for each processor of the GPU
+_PROGRAMS = 32  # for each processor of the GPU
 _LEAST = 256  # groups of a program
 MOST_TOKENS = 16
 """Beyond, dense tiles: each token costs as much as the weights do."""
@@ -31,6 +31,11 @@ def _processors(device: torch.device) -> int:
 def range_of(count: int, device: torch.device) -> int:
     """Groups of one program."""
     return max(_LEAST, -(-count // (_processors(device) * _PROGRAMS)))
+
+
+def warps_of(bits: int) -> int:
+    """Two where one has not the registers."""
+    return 2 if bits == 8 else 1
 
 
 def block_of(group: int) -> int:
@@ -126,7 +131,7 @@ def group_linear(
             x.contiguous(), words, number, scale, scale if zero is None else zero, start, first, given, y, head, tail,
             tokens, out_features, in_features, count, length,
             BITS=bits, GROUP=group, MIDPOINT=midpoint, ASYMMETRIC=zero is not None, BIAS=bias is not None,
-            WHOLE=in_features % group == 0, B=block_of(group), TOKENS=together, num_warps=4,
+            WHOLE=in_features % group == 0, B=block_of(group), TOKENS=together, num_warps=warps_of(bits),
         )  # fmt: skip
         if ranges > 1:
             join[(ranges - 1, tokens)](
