@@ -25,10 +25,10 @@ TAIL = 64
 """Numbers that vectors may read after the last."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DENSE_FROM = {
-    "avx512_bf16": {torch.bfloat16: 24, torch.float32: 32},
-    "avx512": {torch.bfloat16: 16, torch.float32: 32},
-    "avx2": {torch.bfloat16: 16, torch.float32: 16},
-    "portable": {torch.bfloat16: 16, torch.float32: 16},
+    "avx512_bf16": {torch.bfloat16: 48, torch.float32: 32},
+    "avx512": {torch.bfloat16: 32, torch.float32: 32},
+    "avx2": {torch.bfloat16: 32, torch.float32: 32},
+    "portable": {torch.bfloat16: 32, torch.float32: 32},
 }
 """Number of tokens from which dense tiles and the platform's product are faster."""
 
