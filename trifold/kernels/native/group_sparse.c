@@ -126,38 +126,6 @@ INLINE vf floats_of(const uint8_t *block, int unit, int half, float zero)
 
 INLINE float zero_float(const sparse *w, int64_t i) { return w->kind == INTEGER ? (float)w->zero[i] : midpoint(); }
 
-/* Some rows, dense and rounded once to `dtype`: those in `wanted`, or else from `first` on: (count, columns). */
-void decode(const int64_t *shape, void *const *tensors, const int64_t *wanted, int64_t first, int64_t count, void *out,
-            int64_t dtype, int64_t threads)
-{
-    const sparse w = sparse_of(shape, tensors);
-    const int64_t size = dtype == BFLOAT16 ? 2 : 4;
-    SHARES(threads)
-    for (int64_t share = 0; share < threads; share++)
-        for (int64_t k = count * share / threads; k < count * (share + 1) / threads; k++) {
-            const int64_t row = wanted ? wanted[k] : first + k;
-            uint8_t *to = (uint8_t *)out + k * w.columns * size;
-            memset(to, 0, (size_t)(w.columns * size));
-            for (int64_t i = w.start[row]; i < w.start[row + 1]; i++) {
-                const vf zero = (vf){0} + zero_float(&w, i), scale = (vf){0} + number_at(w.scale, (int)w.wide, i);
-                const int64_t at = number_of(&w, i) * w.group;
-                const int64_t there = w.columns - at < w.group ? w.columns - at : w.group;
-                for (int64_t c = 0; c < there; c += 16) {
-                    const uint8_t *block = w.codes + (i * w.blocks + c / w.unit) * block_bytes(w.unit);
-                    vf value;
-                    if (w.unit == 16) value = floats_of(block, 16, 0, 0);
-                    else if (c % 32) value = floats_of(block, 32, 1, 0);
-                    else value = floats_of(block, 32, 0, 0);
-                    value = (value - zero) * scale;
-                    const vh half = to_bfloat16(value);
-                    const void *from = dtype == BFLOAT16 ? (const void *)&half : (const void *)&value;
-                    if (there - c >= 16) memcpy(to + (at + c) * size, from, (size_t)(16 * size));
-                    else memcpy(to + (at + c) * size, from, (size_t)((there - c) * size));
-                }
-            }
-        }
-}
-
 #if defined(__AVX512BF16__)
 #define IN_FLOATS(dtype) ((dtype) != BFLOAT16)
 #else
@@ -215,6 +183,73 @@ static void float_product(const sparse *w, const request *p, int64_t begin, int6
     }
 }
 #endif
+
+#if defined(__AVX512BW__)
+/* 16 columns of a block, from its column 16 * half on, before they are scaled. */
+INLINE vf wide_numbers(const sparse *w, const tables *t, const uint8_t *block, int64_t half, int64_t i)
+{
+    const int zero = w->kind == INTEGER ? w->zero[i] : 0;
+    const uint16_t *low = t->low[zero & 15], *high = t->high[zero >> 4];
+    __m256i numbers[2];
+    if (w->unit == 32) {
+        __m512i both[2];
+        numbers_512(block, low, high, both);
+        for (int n = 0; n < TERMS; n++)
+            numbers[n] = half ? _mm512_extracti64x4_epi64(both[n], 1) : _mm512_castsi512_si256(both[n]);
+    } else {
+        numbers_256(block, low, high, numbers);
+    }
+    vf value = {0};
+    for (int n = 0; n < TERMS; n++) {
+        const vf term = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers[n]), 16);
+        value = n ? value + term : term;
+    }
+    return value;
+}
+#endif
+
+/* Some rows, dense and rounded once to `dtype`: those in `wanted`, or else from `first` on: (count, columns). */
+void decode(const int64_t *shape, void *const *tensors, const int64_t *wanted, int64_t first, int64_t count, void *out,
+            int64_t dtype, int64_t threads)
+{
+    const sparse w = sparse_of(shape, tensors);
+    const int64_t size = dtype == BFLOAT16 ? 2 : 4;
+#if defined(__AVX512BW__)
+    tables t[1];
+    make_tables(&w, t);
+#endif
+    SHARES(threads)
+    for (int64_t share = 0; share < threads; share++)
+        for (int64_t k = count * share / threads; k < count * (share + 1) / threads; k++) {
+            const int64_t row = wanted ? wanted[k] : first + k;
+            uint8_t *to = (uint8_t *)out + k * w.columns * size;
+            memset(to, 0, (size_t)(w.columns * size));
+            for (int64_t i = w.start[row]; i < w.start[row + 1]; i++) {
+                const vf scale = (vf){0} + number_at(w.scale, (int)w.wide, i);
+#if !defined(__AVX512BW__)
+                const vf zero = (vf){0} + zero_float(&w, i);
+#endif
+                const int64_t at = number_of(&w, i) * w.group;
+                const int64_t there = w.columns - at < w.group ? w.columns - at : w.group;
+                for (int64_t c = 0; c < there; c += 16) {
+                    const uint8_t *block = w.codes + (i * w.blocks + c / w.unit) * block_bytes(w.unit);
+#if defined(__AVX512BW__)
+                    const vf value = wide_numbers(&w, t, block, c % 32 / 16, i) * scale;
+#else
+                    vf value;
+                    if (w.unit == 16) value = floats_of(block, 16, 0, 0);
+                    else if (c % 32) value = floats_of(block, 32, 1, 0);
+                    else value = floats_of(block, 32, 0, 0);
+                    value = (value - zero) * scale;
+#endif
+                    const vh half = to_bfloat16(value);
+                    const void *from = dtype == BFLOAT16 ? (const void *)&half : (const void *)&value;
+                    if (there - c >= 16) memcpy(to + (at + c) * size, from, (size_t)(16 * size));
+                    else memcpy(to + (at + c) * size, from, (size_t)((there - c) * size));
+                }
+            }
+        }
+}
 
 /* y (tokens, rows) = x (tokens, columns) times the weight, plus bias, NULL or (rows,); all of `dtype`.
    Returns 0, or 1 if there is no memory. */
