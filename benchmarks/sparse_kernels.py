@@ -107,7 +107,10 @@ def main() -> None:
     for part in [args.part] if args.part else PARTS:
         rows, pairs = PARTS[part](args.size, args.seconds, dtype)
         by_name = {row["product"]: row["ms"] for row in rows}
-        ratios = {f"{fast} over {slow}": {m: by_name[slow][m] / by_name[fast][m] for m in by_name[fast]} for slow, fast in pairs}
+        ratios = {
+            f"{fast} over {slow}": {m: by_name[slow][m] / by_name[fast][m] for m in by_name[fast]}
+            for slow, fast in pairs
+        }
         data[part] = {"machine": here, "arguments": vars(args), "rows": rows, "ratios": ratios}
     text = "# Sparse products on a CPU\n"
     for part in data.values():

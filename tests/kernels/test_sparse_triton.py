@@ -1,4 +1,4 @@
-"""Code of the sparse kernels, compiled for GPUs that are not there. Values: `test_triton.py` runs all interpreted ones."""
+"""Code of the sparse kernels for GPUs that are not there. Values: `test_triton.py` runs all interpreted ones."""
 
 import pytest
 

@@ -2,8 +2,8 @@
 
     python compiled_sparse.py [--all] [--record] [--only NAME]
 
-As `compiled.py`: no register is spilled, shared memory fits, and the main loop has no more instructions per weight (that
-survives, or of bitmaps each) than the budget says, but for a few per cent.
+As `compiled.py`: no register is spilled, shared memory fits, and the main loop has no more instructions per weight
+(that survives, or of bitmaps each) than the budget says, but for a few per cent.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from trifold.kernels.sparse.gpu import bitmap, bitmap_kernels, group_kernels, gr
 
 BUDGET = Path(__file__).with_name("sparse_budget.json")
 shared.TYPES.update(
-    {name: "*i32" for name in ("words", "start", "first", "mask", "offset")}
+    dict.fromkeys(("words", "start", "first", "mask", "offset"), "*i32")
     | {"number": "*u8", "head": "*fp32", "tail": "*fp32", "values": "*bf16", "partial": "*fp32"}
 )
 
@@ -36,13 +36,26 @@ def cases():
                 selected = {80: False, 89: usual and group == 16 and tokens == 1, 90: usual}
                 weights = groups.block_of(group) * group
                 name = f"groups int{bits} g{group} t{tokens}"
-                yield Case(name, group_kernels.multiply, constants, {"num_warps": groups.warps_of(bits)}, weights, selected)
-    yield Case("groups join", group_kernels.join, {"BIAS": True}, {"num_warps": 1}, 0, dict.fromkeys((80, 89, 90), True))
+                yield Case(
+                    name, group_kernels.multiply, constants, {"num_warps": groups.warps_of(bits)}, weights, selected
+                )
+    yield Case(
+        "groups join", group_kernels.join, {"BIAS": True}, {"num_warps": 1}, 0, dict.fromkeys((80, 89, 90), True)
+    )
     for tokens in (16, 32, 64):
-        constants = {"BIAS": True, "WHOLE": True, "SHARED": True, "CHUNK": bitmap.CHUNK, "BN": bitmap.ROWS, "BM": tokens}
+        constants = {
+            "BIAS": True,
+            "WHOLE": True,
+            "SHARED": True,
+            "CHUNK": bitmap.CHUNK,
+            "BN": bitmap.ROWS,
+            "BM": tokens,
+        }
         selected = {80: False, 89: tokens == 16, 90: True}
         weights = bitmap.ROWS * 32
-        yield Case(f"bitmap m{tokens}", bitmap_kernels.multiply, constants, {"num_warps": bitmap.WARPS}, weights, selected)
+        yield Case(
+            f"bitmap m{tokens}", bitmap_kernels.multiply, constants, {"num_warps": bitmap.WARPS}, weights, selected
+        )
     constants = {"BIAS": True, "BLOCK": 1024}
     yield Case("bitmap total", bitmap_kernels.total, constants, {"num_warps": 4}, 0, {80: False, 89: False, 90: True})
 

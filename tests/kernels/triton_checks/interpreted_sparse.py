@@ -110,7 +110,9 @@ def test_the_operators_are_as_torch_wants_them():
             names = ("words", "start", "first", "number", "scale", "zero")
             torch.library.opcheck(groups.group_linear, (x, *(t[n] for n in names), None, 4, 32, 0.0), test_utils=tests)
         else:
-            torch.library.opcheck(bitmap.bitmap_linear, (x, t["mask"], t["offset"], t["values"], None), test_utils=tests)
+            torch.library.opcheck(
+                bitmap.bitmap_linear, (x, t["mask"], t["offset"], t["values"], None), test_utils=tests
+            )
         module._ops[x.dtype, x.device] = op  # what the dispatch chooses on a GPU
         y = module(x)
         assert excess(y, x, weight.dequantize(), None) <= 1

@@ -25,7 +25,7 @@ TAIL = 64
 """Numbers that vectors may read after the last."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DENSE_FROM = {
-    "avx512_bf16": {torch.bfloat16: 48, torch.float32: 32},
+    "avx512_bf16": {torch.bfloat16: 32, torch.float32: 32},
     "avx512": {torch.bfloat16: 32, torch.float32: 32},
     "avx2": {torch.bfloat16: 32, torch.float32: 32},
     "portable": {torch.bfloat16: 32, torch.float32: 32},
@@ -34,7 +34,7 @@ _DENSE_FROM = {
 
 
 class Compiled(Op):
-    """source: in `kernels/native`. tensors: the names of the runtime layout, in the order in which the source takes them.
+    """source: in `kernels/native`. tensors: names of the runtime layout, in the order in which the source takes them.
 
     width: BITS of the source. shape: what the source takes as such. survivors: that a call multiplies by.
     """
@@ -114,8 +114,10 @@ def library(source: str, variant: str, bits: int) -> Library:
 
 def longer(tensor: torch.Tensor) -> torch.Tensor:
     """With a tail that vectors may read."""
-    return pad(tensor, (0, TAIL)) if tensor.dtype != torch.bfloat16 else pad(tensor.view(torch.int16), (0, TAIL)).view(
-        torch.bfloat16
+    return (
+        pad(tensor, (0, TAIL))
+        if tensor.dtype != torch.bfloat16
+        else pad(tensor.view(torch.int16), (0, TAIL)).view(torch.bfloat16)
     )
 
 

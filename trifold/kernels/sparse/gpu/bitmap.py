@@ -74,7 +74,7 @@ class TritonBitmap(Blockwise):
 def bitmap_linear(
     x: torch.Tensor, mask: torch.Tensor, offset: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """x (M, in) -> (M, out). The tensors are those of `prepare`; the sums of one shape are always added in one order."""
+    """x (M, in) -> (M, out). The tensors are those of `prepare`; sums of one shape are always added in one order."""
     import triton
 
     from trifold.kernels.sparse.gpu.bitmap_kernels import multiply, total

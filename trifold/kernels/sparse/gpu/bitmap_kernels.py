@@ -1,7 +1,7 @@
 """Products with bitmaps: loaded sparse, spread in registers, multiplied dense by tensor cores.
 
-Xia et al. 2023, "Flash-LLM", arXiv 2309.10285, spread survivors into shared memory, where Triton cannot scatter to. Here
-each place of a tile finds its survivor instead: how many bits of the map are set before it is where to load from.
+Xia et al. 2023, "Flash-LLM", arXiv 2309.10285, spread survivors into shared memory, where Triton cannot scatter to.
+Here each place of a tile finds its survivor instead: the bits of the map before it say where to load from.
 """
 
 from __future__ import annotations
@@ -77,14 +77,11 @@ def multiply(
         w = _spread(values_ptr, base, word, counts, BN)
         column = k + i * 32
         at = x_ptr + token[None, :] * K + column[:, None]
-        if WHOLE:
-            x = tl.load(at)
-        else:
-            x = tl.load(at, mask=(column < K)[:, None], other=0.0)
+        x = tl.load(at) if WHOLE else tl.load(at, mask=(column < K)[:, None], other=0.0)
         if INTERPRETED:  # the interpreter's product of bfloat16 is wrong
-            total = tl.dot(w.to(tl.float32), x.to(tl.float32), total)
-        else:
-            total = tl.dot(w, x, total)
+            w = w.to(tl.float32)
+            x = x.to(tl.float32)
+        total = tl.dot(w, x, total)
         base += (counts >> 24).to(tl.int32)
     place = m[None, :].to(tl.int64) * N + n[:, None]
     if SHARED:

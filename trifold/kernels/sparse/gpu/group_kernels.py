@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def _numbers(words, BITS: tl.constexpr):
-    """int32 words (B, W) -> their codes (B, W, 32 / BITS), float32: a shift and a mask put them into 2**23's fraction."""
+    """int32 words (B, W) -> their codes (B, W, 32 / BITS), float32, each plus 2**23, whose fraction it is."""
     shift = tl.arange(0, 32 // BITS) * BITS
     code = (words[:, :, None] >> shift[None, None, :]) & ((1 << BITS) - 1)
     return (code | 0x4B000000).to(tl.float32, bitcast=True)
@@ -18,10 +18,7 @@ def _numbers(words, BITS: tl.constexpr):
 def _meet(x_ptr, weight, column, k, K, WHOLE: tl.constexpr):
     """Sums over columns of weights (B, W, C) times one token, (B,). k: columns in a group (W, C)."""
     at = column[:, None, None] + k[None, :, :]
-    if WHOLE:
-        x = tl.load(x_ptr + at)
-    else:
-        x = tl.load(x_ptr + at, mask=at < K, other=0.0)
+    x = tl.load(x_ptr + at) if WHOLE else tl.load(x_ptr + at, mask=at < K, other=0.0)
     return tl.sum(tl.sum(weight * x.to(tl.float32), axis=2), axis=1)
 
 
@@ -79,9 +76,15 @@ def multiply(
                 t3 += tl.where(inside, _meet(x3, weight, column, k, K, WHOLE) * scale, 0.0)
         _leave(t0, from_, to, begin, end, row < last, bias_ptr, y_ptr, head_ptr, tail_ptr, row, pid, m, M, N, BIAS)
         if TOKENS == 4:
-            _leave(t1, from_, to, begin, end, row < last, bias_ptr, y_ptr, head_ptr, tail_ptr, row, pid, m + 1, M, N, BIAS)
-            _leave(t2, from_, to, begin, end, row < last, bias_ptr, y_ptr, head_ptr, tail_ptr, row, pid, m + 2, M, N, BIAS)
-            _leave(t3, from_, to, begin, end, row < last, bias_ptr, y_ptr, head_ptr, tail_ptr, row, pid, m + 3, M, N, BIAS)
+            _leave(
+                t1, from_, to, begin, end, row < last, bias_ptr, y_ptr, head_ptr, tail_ptr, row, pid, m + 1, M, N, BIAS
+            )
+            _leave(
+                t2, from_, to, begin, end, row < last, bias_ptr, y_ptr, head_ptr, tail_ptr, row, pid, m + 2, M, N, BIAS
+            )
+            _leave(
+                t3, from_, to, begin, end, row < last, bias_ptr, y_ptr, head_ptr, tail_ptr, row, pid, m + 3, M, N, BIAS
+            )
 
 
 @triton.jit

@@ -115,7 +115,7 @@ def group_linear(
     group: int,
     midpoint: float,
 ) -> torch.Tensor:
-    """x (M, in) -> (M, out). The tensors are those of `prepare`; the sums of one shape are always added in one order."""
+    """x (M, in) -> (M, out). The tensors are those of `prepare`; sums of one shape are always added in one order."""
     import triton
 
     from trifold.kernels.sparse.gpu.group_kernels import join, multiply
