@@ -3,7 +3,7 @@
     python benchmarks/sparse_kernels.py [--size 4096] [--threads N] [--seconds 0.4] [--part groups|bitmaps]
 
 N = K = --size. Weights go round more than a gigabyte, so that no cache has them. Times are the best of three medians of
-single calls, in milliseconds. What is dense runs on the same machine in the same minute: bfloat16 through torch, integers
+single calls, in milliseconds. What is dense runs on the same machine in the same run: bfloat16 through torch, integers
 through the compiled kernels for groups of 128.
 """
 
