@@ -20,6 +20,11 @@ from trifold.kernels.op import Op
 from trifold.kernels.rounded_input import blockwise as rounded_blockwise
 from trifold.kernels.rounded_input import cpu_int8, torch_fp8, torch_int8, triton_fp8, triton_int8
 from trifold.kernels.rounded_input import naive as rounded_naive
+from trifold.kernels.sparse import bitmap, groups, torch24
+from trifold.kernels.sparse import naive as sparse_naive
+from trifold.kernels.sparse.gpu import bitmap as gpu_bitmap
+from trifold.kernels.sparse.gpu import groups as gpu_groups
+from trifold.kernels.sparse.library import VARIANTS as SPARSE_VARIANTS
 from trifold.kernels.weight_only import blockwise, cpu, dense, naive, onednn, torch_int4
 from trifold.kernels.weight_only import torch_int8 as weight_int8
 from trifold.kernels.weight_only.planes import op as planes
@@ -38,6 +43,7 @@ class Row(NamedTuple):
 
 
 _CODES = ("int", "affine", "table")
+_BITMAPS = ("bitmask", "sparse24")
 
 TABLE: tuple[Row, ...] = (
     Row(_CODES, "as it is", "cpu", None, cpu.Compiled("amx")),
@@ -47,13 +53,19 @@ TABLE: tuple[Row, ...] = (
     Row(("int", "affine"), "as it is", "cpu", torch.bfloat16, torch_int4.TorchInt4()),
     Row(("int",), "as it is", "cpu", torch.bfloat16, weight_int8.TorchInt8()),
     Row(_CODES, "as it is", "cpu", None, cpu.Compiled("portable")),
+    *(Row(("group_sparse_int",), "as it is", "cpu", None, groups.CompiledGroups(name)) for name in SPARSE_VARIANTS),
+    *(Row(_BITMAPS, "as it is", "cpu", None, bitmap.CompiledBitmap(name)) for name in SPARSE_VARIANTS),
     Row((*_CODES, "fp8"), "as it is", "cuda", None, planes.PlaneGemm()),
+    Row(("group_sparse_int",), "as it is", "cuda", None, gpu_groups.TritonGroups()),
+    Row(("sparse24",), "as it is", "cuda", None, torch24.TorchSparse24()),
+    Row(_BITMAPS, "as it is", "cuda", None, gpu_bitmap.TritonBitmap()),
     Row(("dense", "low_rank"), "as it is", "cpu", torch.bfloat16, onednn.OneDNN()),
     Row(("dense",), "as it is", None, None, dense.Dense()),
     Row(("low_rank",), "as it is", None, None, dense.LowRank()),
     Row(("identity",), "as it is", None, None, dense.Identity()),
     Row(None, "as it is", None, None, blockwise.Blockwise()),
     Row(None, "as it is", None, None, naive.Naive()),
+    Row(("group_sparse_int", *_BITMAPS), "as it is", None, None, sparse_naive.Naive()),
     Row(("int",), "int", "cpu", None, torch_int8.TorchInt8()),
     Row(("int", "affine"), "int", "cpu", None, cpu_int8.CompiledInt8("amx")),
     Row(("int", "affine"), "int", "cpu", None, cpu_int8.CompiledInt8("avx512_bf16")),

@@ -1,0 +1,1 @@
+"""Products with sparse weights: what is pruned is neither stored nor, where groups go, multiplied."""

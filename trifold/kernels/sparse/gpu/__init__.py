@@ -1,0 +1,1 @@
+"""Sparse products on GPUs, through Triton."""
