@@ -33,6 +33,13 @@ from trifold.cli.output import emit, facts, json_option, level, size, with_verbo
 @click.option("--seed", type=int, help="Seed.  [default: the recipe's, 0]")
 @click.option("--set", "settings", multiple=True, metavar="[STEP.]K=V", help="Change a recipe's setting.")
 @click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option(
+    "--stats-memory",
+    metavar="SIZE",
+    help="Memory for the statistics of one pass, such as 2GB; more of them take more passes.  [default: a quarter "
+    "of what is free]",
+)
+@click.option("--offload-activations", is_flag=True, help="Keep hidden states in a file, one batch in memory.")
 @click.option("--fresh", is_flag=True, help="Start over instead of going on with an interrupted run.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan; write nothing.")

@@ -21,16 +21,6 @@ from trifold.core.errors import CheckpointError, InputError, ResourceError
 
 FORMAT_VERSION = "1.0"
 QUANT_METHOD = "trifold"
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of '5GB', '200 MiB' or a number. Raises InputError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
-    if size < 1:
-        raise InputError(f"--max-shard-size {text!r}: write it as 5GB, 200MB or a number of bytes")
-    return size
 
 
 def check_output(output: Path) -> None:

@@ -29,6 +29,8 @@ class Options:
     fresh: bool = False
     inplace: bool = False
     trust_remote_code: bool = False
+    stats_memory: str | int | None = None
+    offload_activations: bool = False
 
 
 @dataclass

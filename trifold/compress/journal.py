@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,11 @@ class Journal:
         return self.folder / f"hidden-{done:05d}.safetensors"
 
     def write_block(
-        self, block: int, compressed: Compressed, hidden: Sequence[torch.Tensor], carries: Mapping[str, Any]
+        self, block: int, compressed: Compressed, hidden: Sequence[Entry], carries: Mapping[str, Any]
     ) -> None:
         """Keep a finished block and the hidden states behind it."""
         save_synced(compressed.tensors, self._shard(block))
-        save_synced({f"{i:05d}": h for i, h in enumerate(hidden)}, self._hidden(block + 1))
+        write_entries({f"{i:05d}": h for i, h in enumerate(hidden)}, self._hidden(block + 1))
         entry = {
             "modules": compressed.modules,
             "report": compressed.report,
@@ -80,16 +80,20 @@ class Journal:
         """What was noted of a finished block."""
         return _read_json(self._json(block))
 
-    def hidden(self) -> list[torch.Tensor]:
-        """The hidden states behind the last finished block. Raises ResourceError if the file is damaged."""
-        return [t for _, t in sorted(self._load(self._hidden(self.done)).items())]
+    def hidden(self) -> Iterator[torch.Tensor]:
+        """The hidden states behind the last finished block, one by one. Raises ResourceError if the file is damaged."""
+        for _, entry in sorted(self._stored(self._hidden(self.done)).items()):
+            yield entry.load()
 
     def block_tensors(self, block: int) -> dict[str, Entry]:
         """The packed tensors of a finished block, to be read when they are wanted."""
+        return self._stored(self._shard(block))
+
+    def _stored(self, path: Path) -> dict[str, Entry]:
         try:
-            return stored(self._shard(block))
+            return stored(path)
         except (SafetensorError, OSError) as error:
-            raise _damaged(self._shard(block), error) from error
+            raise _damaged(path, error) from error
 
     def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep tensors under a name, for the proof or for going on."""

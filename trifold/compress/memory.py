@@ -6,6 +6,36 @@ import ctypes
 import os
 import resource
 import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STATISTICS_SHARE = 0.25  # of the free memory may hold the statistics of one pass
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much of what calibration gathers may be in memory. What is written does not depend on it.
+
+    statistics: bytes of those of one pass; by default a quarter of the free memory. More of them take several
+    passes, and wait in files. offload: whether hidden states are in files, too. folder: of these files.
+    """
+
+    statistics: int | None = None
+    offload: bool = False
+    folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
+
+    def for_statistics(self) -> float:
+        """Bytes that statistics may take now."""
+        return free_bytes() * STATISTICS_SHARE if self.statistics is None else self.statistics
+
+    @property
+    def remembered(self) -> int | None:
+        """Bytes of outputs that are remembered within a block; None leaves it to the runner."""
+        return 0 if self.offload else None
+
+
+ROOM = Room()
 
 
 def free_bytes() -> int:

@@ -23,13 +23,13 @@ from trifold.compress.calibration import (
     random_windows,
     text_windows,
 )
-from trifold.compress.files import model_folder
+from trifold.compress.files import model_folder, parse_size
 from trifold.compress.folder import FolderSource
 from trifold.compress.integration.load import load, read_compressed
 from trifold.compress.integration.modules import install
 from trifold.compress.job import Job, Options, versions
 from trifold.compress.journal import Journal
-from trifold.compress.memory import resident_bytes
+from trifold.compress.memory import Room, resident_bytes
 from trifold.compress.plan import make_plan
 from trifold.compress.progress import Reporter
 from trifold.compress.proof import prove
@@ -53,7 +53,8 @@ def prepare(
     tokenizer: Any = None,
 ) -> Job:
     """Everything that can be found wrong before anything is written. Raises InputError."""
-    checkpoint.parse_size(options.max_shard_size)
+    parse_size(options.max_shard_size, "--max-shard-size")
+    _room(options)
     if options.batch_size is not None and options.batch_size < 1:
         raise InputError(f"batch_size={options.batch_size}: must be at least 1")
     if isinstance(model, str | Path):
@@ -123,7 +124,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     started = time.perf_counter()
     source, everything = job.source, Compressed()
     source.open_outside()
-    with Walk(job) as walk:
+    with Walk(job, _room(job.options, journal.folder)) as walk:
         if has_budget(job.plan):
             shares = journal.noted("allocation") or allocate_shares(walk)
             journal.note("allocation", shares)
@@ -137,7 +138,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
         for index in range(journal.done, source.block_count):
             result = walk.block(index)
             journal.keep(f"reference-{index:05d}", {"hidden": walk.hidden[0]})
-            journal.write_block(index, result, [*walk.hidden, *walk.dense], walk.carries)
+            journal.write_block(index, result, walk.state(), walk.carries)
         for index in range(source.block_count):
             entry = journal.entry(index)
             everything.note(entry["modules"], entry["report"], entry["digests"])
@@ -152,7 +153,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
             yield journal.block_tensors(index) if tuned is None else tuned[index]
         yield {name: Entry.of(tensor) for name, tensor in tail.tensors.items()}
 
-    checkpoint.write_shards(partial, units(), checkpoint.parse_size(job.options.max_shard_size))
+    checkpoint.write_shards(partial, units(), parse_size(job.options.max_shard_size, "--max-shard-size"))
     source.copy_files(partial)
     checkpoint.write_config(partial, source.config_dict() | {"dtype": job.dtype_name}, _quantization(job, everything))
     tail.tensors.clear()
@@ -187,7 +188,7 @@ def compress_live(job: Job) -> dict[str, Any]:
     results = []
     job.report.begin(source.block_count, 0)
     try:
-        with Walk(job) as walk:
+        with Walk(job, _room(job.options)) as walk:
             if has_budget(job.plan):
                 job.plan = with_shares(job.plan, allocate_shares(walk))
             for index in range(source.block_count):
@@ -203,6 +204,12 @@ def compress_live(job: Job) -> dict[str, Any]:
         install(source.model, result)
     _mark(job, checkpoint.quantization_block(_quantization(job, everything)))
     return _report(job, everything, {}, {}, time.perf_counter() - started)
+
+
+def _room(options: Options, folder: Path | None = None) -> Room:
+    limit = options.stats_memory
+    statistics = None if limit is None else parse_size(limit, "--stats-memory")
+    return Room(statistics, options.offload_activations, folder or Path(tempfile.gettempdir()))
 
 
 def _mark(job: Job, quantization: dict[str, Any]) -> None:

@@ -86,10 +86,19 @@ def inverse_cholesky(
         if info == 0:
             inverse = invert_lower_(lower)
             if _finite(inverse):
-                return inverse.to(dtype).flip(0, 1), Damping(tried, attempt + 1, dead)
+                return _reversed(inverse, dtype), Damping(tried, attempt + 1, dead)
     diagonal = damped(gram, ratio).diagonal()[order]
     factor = torch.diag(diagonal.clamp(min=torch.finfo(torch.float64).tiny).rsqrt()).to(dtype)
     return factor, Damping(ratio, DAMPING_TRIES, dead, diagonal=True)
+
+
+def _reversed(matrix: torch.Tensor, dtype: torch.dtype, rows: int = 256) -> torch.Tensor:
+    """A copy (n, n) of `dtype` with the order of rows and columns reversed, row by row in memory."""
+    found = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    for start in range(0, len(matrix), rows):
+        stop = min(start + rows, len(matrix))
+        found[len(matrix) - stop : len(matrix) - start] = matrix[start:stop].flip(0, 1)
+    return found
 
 
 def invert_lower_(lower: torch.Tensor, block: int = 256) -> torch.Tensor:

@@ -38,6 +38,11 @@ class Statistic(ABC):
         self.device = torch.device(device)
         self.tokens = 0
 
+    @classmethod
+    def nbytes(cls, in_features: int) -> int:
+        """About what it holds of an input of this width; by default a few numbers for each feature."""
+        return 8 * in_features
+
     @abstractmethod
     def update(self, observation: Observation) -> None:
         """Add a batch."""
@@ -70,6 +75,10 @@ class Gram(Statistic):
         super().__init__(in_features, device)
         self._sums = torch.zeros(in_features, in_features, dtype=torch.float64, device=self.device)
 
+    @classmethod
+    def nbytes(cls, in_features: int) -> int:
+        return 8 * in_features**2
+
     def update(self, observation: Observation) -> None:
         x = observation.x.float()
         # Blocks of the upper triangle alone: the lower one is its mirror, so nearly half of the products go.
@@ -101,6 +110,10 @@ class Drift(Statistic):
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
         self.matrix = torch.zeros(in_features, in_features, dtype=torch.float64, device=self.device)
+
+    @classmethod
+    def nbytes(cls, in_features: int) -> int:
+        return 8 * in_features**2
 
     def update(self, observation: Observation) -> None:
         if observation.x_dense is None:
@@ -178,6 +191,10 @@ class Sample(Statistic):
         super().__init__(in_features, device)
         self.rows = torch.empty(0, in_features, dtype=torch.float32, device=self.device)
         self._stride = 1
+
+    @classmethod
+    def nbytes(cls, in_features: int) -> int:
+        return 4 * cls.LIMIT * in_features
 
     def update(self, observation: Observation) -> None:
         x, first = observation.x, -self.tokens % self._stride
