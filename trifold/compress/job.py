@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
 from trifold.compress.calibration import PROOF_WINDOWS
+from trifold.compress.files import parse_size
+from trifold.compress.memory import Room
 from trifold.compress.plan import Plan
 from trifold.compress.progress import Reporter
 from trifold.compress.recipe import Recipe
@@ -31,6 +35,13 @@ class Options:
     trust_remote_code: bool = False
     stats_memory: str | int | None = None
     offload_activations: bool = False
+
+
+def room_of(options: Options, folder: Path | None = None) -> Room:
+    """What calibration may hold in memory, with its files in `folder`. Raises InputError for a size that is none."""
+    limit = options.stats_memory
+    statistics = None if limit is None else parse_size(limit, "--stats-memory")
+    return Room(statistics, options.offload_activations, folder or Path(tempfile.gettempdir()))
 
 
 @dataclass

@@ -46,6 +46,30 @@ def free_bytes() -> int:
         return 2**31
 
 
+def available_bytes() -> int | None:
+    """Memory that the system could give this process, files in its cache and limits of its group counted; None if it
+    does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # none, or "max"
+        return found
+    return min(found, max(limit - used, 0))
+
+
+def current_bytes() -> int:
+    """Memory that is resident now; the peak where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return resident_bytes()
+
+
 def resident_bytes() -> int:
     """Peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -23,13 +23,14 @@ from trifold.compress.calibration import (
     random_windows,
     text_windows,
 )
+from trifold.compress.estimate import check_room
 from trifold.compress.files import model_folder, parse_size
 from trifold.compress.folder import FolderSource
 from trifold.compress.integration.load import load, read_compressed
 from trifold.compress.integration.modules import install
-from trifold.compress.job import Job, Options, versions
+from trifold.compress.job import Job, Options, room_of, versions
 from trifold.compress.journal import Journal
-from trifold.compress.memory import Room, resident_bytes
+from trifold.compress.memory import resident_bytes
 from trifold.compress.plan import make_plan
 from trifold.compress.progress import Reporter
 from trifold.compress.proof import prove
@@ -54,7 +55,7 @@ def prepare(
 ) -> Job:
     """Everything that can be found wrong before anything is written. Raises InputError."""
     parse_size(options.max_shard_size, "--max-shard-size")
-    _room(options)
+    room_of(options)
     if options.batch_size is not None and options.batch_size < 1:
         raise InputError(f"batch_size={options.batch_size}: must be at least 1")
     if isinstance(model, str | Path):
@@ -124,7 +125,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     started = time.perf_counter()
     source, everything = job.source, Compressed()
     source.open_outside()
-    with Walk(job, _room(job.options, journal.folder)) as walk:
+    with Walk(job, room_of(job.options, journal.folder)) as walk:
         if has_budget(job.plan):
             shares = journal.noted("allocation") or allocate_shares(walk)
             journal.note("allocation", shares)
@@ -188,7 +189,7 @@ def compress_live(job: Job) -> dict[str, Any]:
     results = []
     job.report.begin(source.block_count, 0)
     try:
-        with Walk(job, _room(job.options)) as walk:
+        with Walk(job, room_of(job.options)) as walk:
             if has_budget(job.plan):
                 job.plan = with_shares(job.plan, allocate_shares(walk))
             for index in range(source.block_count):
@@ -204,12 +205,6 @@ def compress_live(job: Job) -> dict[str, Any]:
         install(source.model, result)
     _mark(job, checkpoint.quantization_block(_quantization(job, everything)))
     return _report(job, everything, {}, {}, time.perf_counter() - started)
-
-
-def _room(options: Options, folder: Path | None = None) -> Room:
-    limit = options.stats_memory
-    statistics = None if limit is None else parse_size(limit, "--stats-memory")
-    return Room(statistics, options.offload_activations, folder or Path(tempfile.gettempdir()))
 
 
 def _mark(job: Job, quantization: dict[str, Any]) -> None:
@@ -308,6 +303,7 @@ def run(
             for module in training:
                 module.training = True
     if output is not None:
+        check_room(job, output)
         return None, compress_to(job, output)
     with tempfile.TemporaryDirectory() as folder:
         written = compress_to(job, Path(folder) / "model")
