@@ -21,7 +21,7 @@ from trifold.core.statistics import AbsMax, Gram, Statistic
 from trifold.formats import Spec, stored_bytes
 
 RUNTIME = 175_000_000  # what is imported when it is used: tokenizer, the model's code, libraries of matrix products
-HEAP = 60_000_000  # what the allocator keeps between two stages
+HEAP = 110_000_000  # what the allocator keeps between two stages
 _SETTLED = 5  # float32 copies of a layer while its error is measured and it is packed
 _CERTAIN = 0.85  # of a forecast is needed for certain
 _WAYS_OUT: dict[str, dict[str, Any]] = {

@@ -7,6 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from trifold.compress.calibration import (
     text_windows,
 )
 from trifold.compress.estimate import check_room
+from trifold.compress.experts import tokens_of_experts
 from trifold.compress.files import model_folder, parse_size
 from trifold.compress.folder import FolderSource
 from trifold.compress.integration.load import load, read_compressed
 from trifold.compress.integration.modules import install
 from trifold.compress.job import Job, Options, room_of, versions
 from trifold.compress.journal import Journal
+from trifold.compress.lint import lint
 from trifold.compress.memory import resident_bytes
 from trifold.compress.plan import make_plan
 from trifold.compress.progress import Reporter
@@ -76,6 +79,8 @@ def prepare(
         windows = random_windows(source.config, recipe.seed)
     else:
         windows = text_windows(calibration, source.tokenizer, source.config, recipe.nsamples, recipe.seqlen)
+        found = lint(windows, plan, source.tokenizer, source.name)
+        windows = replace(windows, notices=(*windows.notices, *found))
     config = source.config.get_text_config()
     topology = topology_of(config)
     for notice in (*source.notices, *plan.notices, *windows.notices):
@@ -97,6 +102,11 @@ def compress_to(job: Job, output: Path) -> dict[str, Any]:
     Raises InputError, ProofError (unfinished output is removed), ResourceError (it stays, for the same
     command to go on).
     """
+    with checkpoint.locked(output):
+        return _compress_to(job, output)
+
+
+def _compress_to(job: Job, output: Path) -> dict[str, Any]:
     partial = output.with_name(output.name + ".partial")
     checkpoint.check_partial(partial)
     if job.options.fresh:
@@ -263,6 +273,7 @@ def _report(
         "versions": versions(),
         "notices": [*job.source.notices, *job.plan.notices],
         "layers": everything.report,
+        "tokens_of_experts": tokens_of_experts(everything.report),
         "mean_error": sum(e["error"] for e in everything.report.values()) / len(everything.report),
         **sizes,
         "proof": dict(proof),
