@@ -59,7 +59,8 @@ def compress(
 ) -> None:
     """Compress MODEL, a folder, a hub id or `demo`, into a packed checkpoint.
 
-    An interrupted run goes on when the same command is repeated.
+    An interrupted run goes on when the same command is repeated. Several processes share the work:
+    torchrun --nproc-per-node 2 -m trifold compress ...
     """
     from trifold.compress import checkpoint
     from trifold.compress.pipeline import Options, prepare, run
@@ -78,6 +79,8 @@ def compress(
         emit({"recipe": chosen.to_dict(), "layers": layers}, json_to, _plan_table(layers))
         return
     _, report = run(model, chosen, calib, output, options, reporter)
+    if not report:  # of another process than the one that writes
+        return
     rows = {
         "recipe": chosen.name,
         "layers": len(report["layers"]),

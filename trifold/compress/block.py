@@ -143,7 +143,9 @@ class BlockCompressor:
                 replay=self._replay,
                 roundings={name: plan.input for name in chosen if (plan := self.layer_plan(name)).input is not None},
             )
-            change, carries[step] = method.rewrite(context, carries.get(step))
+            first = self.runner.processes.writes  # only its sample of inputs counts
+            decided = method.rewrite(context, carries.get(step)) if first else None
+            change, carries[step] = self.runner.processes.same(decided, device=self.runner.device)
             self._apply(change, {leader: Seen.of(s) for leader, s in statistics.items()}, leaders)
 
     def _gather(self, names: Sequence[str], kinds: Sequence[type[Statistic]]) -> dict[str, Statistics]:
@@ -240,9 +242,10 @@ class BlockCompressor:
                 started = time.perf_counter()
                 seen = self._statistics(stages, true_sequential)
                 gathering = (time.perf_counter() - started) / len(stages)
+                shared = self._share_out(stages, seen)
                 for stage in stages:
                     started = time.perf_counter()
-                    solutions = self._solve_stage(stage, seen[stage[0]])
+                    solutions = shared or self._solve_stage(stage, seen[stage[0]])
                     seconds = (gathering + time.perf_counter() - started) / len(stage)
                     for name in stage:
                         self._settle(name, solutions[name], seen[stage[0]], seconds)
@@ -292,6 +295,20 @@ class BlockCompressor:
         kinds = sorted(set().union(*fresh.values()), key=lambda kind: kind.__name__)
         gathered = self._gather(list(fresh), (Gram, *kinds))
         return found | {leader: Seen.of(statistics) for leader, statistics in gathered.items()}
+
+    def _share_out(self, stages: Sequence[Sequence[str]], seen: Mapping[str, Seen]) -> dict[str, LayerSolution]:
+        """What the processes of this run decide about these stages, each about its share; empty for one process."""
+        processes, leaders = self.runner.processes, {name: stage[0] for stage in stages for name in stage}
+        if processes.size == 1:
+            return {}
+        costs = {name: self.weights[name].numel() * float(self.widths[name]) for name in leaders}
+        shares = processes.shares(costs)
+        mine: dict[str, LayerSolution] = {}
+        for stage in stages:
+            names = [name for name in stage if name in shares[processes.rank]]
+            mine.update(self._solve_stage(names, seen[stage[0]]) if names else {})
+        owners = {name: rank for rank, names in enumerate(shares) for name in names}
+        return {name: processes.same(mine.get(name), owners[name], self.runner.device) for name in leaders}
 
     def _solve_stage(self, stage: Sequence[str], seen: Seen) -> dict[str, LayerSolution]:
         """Layers of one method are solved together."""

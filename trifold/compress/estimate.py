@@ -142,7 +142,8 @@ def check_room(job: Job, output: Path) -> None:
         room = room_of(replace(job.options, **changes))
         return forecast(source.model, job.plan, specs, source.blocks, text, room, gpu)
 
-    check_memory(source.name, needed, available_bytes())
+    free = available_bytes()
+    check_memory(source.name, needed, None if free is None else free // job.processes.size)
     check_disk(source.name, needed(), output)
 
 

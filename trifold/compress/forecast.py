@@ -108,6 +108,7 @@ def forecast(
     device = {}
     if gpu:  # what calibration touches is there; the host reads shards and writes them
         device = {name: stages[name] for name in ("capture", "observe", "solve", "pack", "tail", "proof")}
+        stages["load"] = max(b.dense for b in parts) * _SHARDS
         for name in device:
             stages[name] = max(b.packed for b in parts) * 2 + (hidden if room.offload else 0)
     stages = {name: RUNTIME + size for name, size in stages.items()}

@@ -14,6 +14,7 @@ from trifold.compress.calibration import PROOF_WINDOWS
 from trifold.compress.files import parse_size
 from trifold.compress.memory import Room
 from trifold.compress.plan import Plan
+from trifold.compress.processes import ALONE, Processes
 from trifold.compress.progress import Reporter
 from trifold.compress.recipe import Recipe
 from trifold.compress.source import Source
@@ -57,13 +58,15 @@ class Job:
     batch_size: int
     options: Options
     report: Reporter
+    processes: Processes = ALONE
 
     @cached_property
     def ids(self) -> list[torch.Tensor]:
-        """Batches of token ids; the first is small, since it is also the one that the proof runs."""
+        """This process's batches of token ids. The first of all is small: the proof runs it, too."""
         few = replace(self.windows, ids=self.windows.ids[:PROOF_WINDOWS])
         rest = replace(self.windows, ids=self.windows.ids[PROOF_WINDOWS:])
-        return [*batches(few, self.batch_size), *batches(rest, self.batch_size)]
+        together = [*batches(few, self.batch_size), *batches(rest, self.batch_size)]
+        return together[self.processes.rank :: self.processes.size]
 
     @property
     def dtype_name(self) -> str:

@@ -31,10 +31,11 @@ from trifold.compress.folder import FolderSource
 from trifold.compress.integration.load import load, read_compressed
 from trifold.compress.integration.modules import install
 from trifold.compress.job import Job, Options, room_of, versions
-from trifold.compress.journal import Journal
+from trifold.compress.journal import Follower, Journal
 from trifold.compress.lint import lint
 from trifold.compress.memory import resident_bytes
 from trifold.compress.plan import make_plan
+from trifold.compress.processes import ALONE, Processes, join, leave
 from trifold.compress.progress import Reporter
 from trifold.compress.proof import prove
 from trifold.compress.recipe import Recipe
@@ -55,6 +56,7 @@ def prepare(
     options: Options,
     report: Reporter,
     tokenizer: Any = None,
+    processes: Processes = ALONE,
 ) -> Job:
     """Everything that can be found wrong before anything is written. Raises InputError."""
     parse_size(options.max_shard_size, "--max-shard-size")
@@ -90,10 +92,16 @@ def prepare(
             f"{config.model_type}: no folds are known for this family, so "
             f"{', '.join(step for step, _, _ in plan.rewrites)} cannot scale anything there"
         )
-    source.check_finite()
+    if processes.writes:
+        source.check_finite()
     tokens = CALIBRATION_TOKENS.get(torch.device(source.device).type, TOKENS_PER_BATCH)
     size = options.batch_size or default_batch_size(windows, tokens)
-    return Job(source, recipe, plan, windows, calibration is not None, topology, size, options, report)
+    job = Job(source, recipe, plan, windows, calibration is not None, topology, size, options, report, processes)
+    if not job.ids:
+        raise CalibrationError(
+            f"{windows.source}: fewer batches than processes ({processes.size}); start fewer of them"
+        )
+    return job
 
 
 def compress_to(job: Job, output: Path) -> dict[str, Any]:
@@ -102,6 +110,9 @@ def compress_to(job: Job, output: Path) -> dict[str, Any]:
     Raises InputError, ProofError (unfinished output is removed), ResourceError (it stays, for the same
     command to go on).
     """
+    if not job.processes.writes:
+        _follow(job, output)
+        return {}
     with checkpoint.locked(output):
         return _compress_to(job, output)
 
@@ -116,12 +127,14 @@ def _compress_to(job: Job, output: Path) -> dict[str, Any]:
         report = checkpoint.finished_report(partial)
         if report is not None and report["fingerprint"] == _stamp(fingerprint):
             job.report.notice("finished before; only the rename was missing")
+            job.processes.same(False)
             checkpoint.discard(partial / "journal")
             checkpoint.publish(partial, output)
             return report
         if report is not None and not (partial / "journal").exists():
             raise InputError(f"{partial}: the finished result of another run; --fresh starts over, or move it away")
         journal = Journal(partial / "journal", fingerprint)
+        job.processes.same(True)
         try:
             return _write(job, journal, partial, output)
         except (InputError, ProofError):
@@ -136,19 +149,20 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     source, everything = job.source, Compressed()
     source.open_outside()
     with Walk(job, room_of(job.options, journal.folder)) as walk:
-        if has_budget(job.plan):
-            shares = journal.noted("allocation") or allocate_shares(walk)
+        shares = _shares(walk, journal.noted("allocation"))
+        if shares:
             journal.note("allocation", shares)
-            job.plan = with_shares(job.plan, shares)
         if walk.shares_state:
             journal.done = 0  # blocks read what earlier ones left in memory, so none can be skipped
+        job.processes.same(journal.done)
         if journal.done:
             job.report.notice(f"going on after block {journal.done} of {source.block_count}")
-            walk.resume([journal.entry(i) for i in range(journal.done)], journal.hidden())
+            walk.resume(job.processes.same(journal.entry(journal.done - 1)["carries"]), journal.hidden())
         job.report.begin(source.block_count, journal.done)
         for index in range(journal.done, source.block_count):
             result = walk.block(index)
             journal.keep(f"reference-{index:05d}", {"hidden": walk.hidden[0]})
+            job.processes.wait()
             journal.write_block(index, result, walk.state(), walk.carries)
         for index in range(source.block_count):
             entry = journal.entry(index)
@@ -178,6 +192,35 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     journal.remove()
     checkpoint.publish(partial, output)
     return report
+
+
+def _shares(walk: Walk, noted: Mapping[str, float] | None) -> Mapping[str, float]:
+    """What is divided among layers first, and put into the plan. noted: what was found before the run broke off."""
+    job = walk.job
+    if not has_budget(job.plan):
+        return {}
+    shares: Mapping[str, float] = job.processes.same(noted) or allocate_shares(walk)
+    job.plan = with_shares(job.plan, shares)
+    return shares
+
+
+def _follow(job: Job, output: Path) -> None:
+    """Take part in the compression that the first process writes."""
+    if not job.processes.same(None):
+        return
+    folder = output.with_name(output.name + ".partial") / "journal"
+    with checkpoint.disk_errors(folder):
+        job.source.open_outside()
+        with Walk(job, room_of(job.options, folder)) as walk:
+            _shares(walk, None)
+            journal = Follower(folder, job.processes.rank, job.processes.same(None))
+            if journal.done:
+                walk.resume(job.processes.same(None), journal.hidden())
+            for index in range(journal.done, job.source.block_count):
+                walk.block(index)
+                journal.write_block(index, walk.state())
+                job.processes.wait()
+            walk.tail()
 
 
 def _tuned(walk: Walk, journal: Journal, everything: Compressed) -> list[dict[str, Entry]] | None:
@@ -240,6 +283,7 @@ def _fingerprint(job: Job) -> dict[str, Any]:
         "calibration": job.windows.digest if job.observed else None,
         "batch_size": job.batch_size,
         "threads": torch.get_num_threads(),
+        "processes": job.processes.size,
         "compiled": library("columns") is not None,
         "max_shard_size": job.options.max_shard_size,
         "versions": versions(),
@@ -300,7 +344,12 @@ def run(
     """Compress to a folder (returns None and the report) or into a model (returns it and the report)."""
     if output is not None:
         checkpoint.check_output(output)
-    job = prepare(model, recipe, calibration, options, report, tokenizer)
+    processes = join()
+    if not processes.writes:
+        report.level = -1
+    job = prepare(model, recipe, calibration, options, report, tokenizer, processes)
+    if processes.size > 1:
+        _check_processes(job, output)
     if isinstance(job.source, LiveSource):
         whole = [step for step, tuner, _ in job.plan.tuners if tuner.level == "model"]
         if whole and output is None:
@@ -314,14 +363,24 @@ def run(
             for module in training:
                 module.training = True
     if output is not None:
-        check_room(job, output)
-        return None, compress_to(job, output)
+        if processes.writes:
+            check_room(job, output)
+        written = compress_to(job, output)
+        leave()
+        return None, written
     with tempfile.TemporaryDirectory() as folder:
         written = compress_to(job, Path(folder) / "model")
         trust = {"trust_remote_code": True} if options.trust_remote_code else {}
         packed = load(Path(folder) / "model", job.source.dtype, {"": job.source.device}, **trust)
     packed.trifold_report = written
     return packed, written
+
+
+def _check_processes(job: Job, output: Path | None) -> None:
+    if output is None or isinstance(job.source, LiveSource):
+        raise InputError("several processes compress a folder into a folder; start one for a model in memory")
+    if job.plan.tuners:
+        raise InputError(f"step {job.plan.tuners[0][0]!r} tunes in one process; start one")
 
 
 def _run_live(job: Job, output: Path | None) -> dict[str, Any]:

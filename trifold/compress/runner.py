@@ -18,6 +18,7 @@ from torch import nn
 
 from trifold.compress.capture import Call
 from trifold.compress.memory import free_bytes
+from trifold.compress.processes import ALONE, Processes
 from trifold.compress.scratch import Release, keep
 from trifold.core.method import Statistics
 from trifold.core.observe import Enough, Memory, remembered, watch
@@ -34,6 +35,7 @@ class BlockRunner:
     not depend on each other, such as the first linears of all experts, so that one pass can observe them all.
     bypassed: linears whose parent ran without calling them (it reads their weight itself), so that they have to
     stay dense. memory: bytes of remembered tensors. release: told of each batch's hidden states after their use.
+    processes: with which others batches are shared.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class BlockRunner:
         hidden: list[torch.Tensor],
         memory: int | None = None,
         release: Release = keep,
+        processes: Processes = ALONE,
     ) -> None:
         self.block, self.linears, self.calls, self.hidden = block, dict(linears), calls, hidden
         self.release = release
@@ -55,7 +58,8 @@ class BlockRunner:
         self._held = 0
         self._plainly = False  # run everything each time: what a linear sees cannot be told from one forward
         self._endings: dict[str, tuple[str, Any]] = {}
-        self.waves = self._probe()
+        self.processes = processes
+        self.waves = self._agreed(self._probe())
         self.stages = [stage for wave in self.waves for stage in wave]
 
     @torch.no_grad()
@@ -108,6 +112,19 @@ class BlockRunner:
             self._plainly |= self._place(name) not in waves  # a sibling shows when it runs
             waves.setdefault(self._place(name), []).append([name])
         return list(waves.values())
+
+    def _agreed(self, waves: list[list[list[str]]]) -> list[list[list[str]]]:
+        """The waves that the first process found, on its text."""
+        if self.processes.size == 1:
+            return waves
+        found, bypassed = self.processes.same((waves, self.bypassed))
+        self._plainly |= found != waves or bypassed != self.bypassed
+        for name in self.bypassed:
+            self.linears[name] = self.block.get_submodule(name)
+        self.bypassed = bypassed
+        for name in bypassed:
+            del self.linears[name]
+        return found
 
     def _place(self, name: str) -> str:
         """The name without the number of a sibling: modules of a list, such as experts, run side by side."""
@@ -197,6 +214,8 @@ class BlockRunner:
                         statistic.update(observation)
             for runner in filter(None, (self, dense)):
                 runner.release(runner.hidden[batch])
+        for accumulators in statistics.values():
+            self.processes.reduce(accumulators)
 
     def finish(self, names: Iterable[str]) -> None:
         """The weights of these linears will not change any more."""

@@ -146,9 +146,9 @@ class Walk:
         assert not self.finished and not self.carries
         return self.hidden
 
-    def resume(self, entries: list[dict[str, Any]], hidden: Iterable[torch.Tensor]) -> None:
+    def resume(self, carries: dict[str, Any], hidden: Iterable[torch.Tensor]) -> None:
         """Take up the states behind the last finished block."""
-        self.carries = entries[-1]["carries"]
+        self.carries = carries
         places = [(stream, batch) for stream in (self.hidden, self.dense) for batch in range(len(stream))]
         for (stream, batch), states in zip(places, hidden, strict=True):
             if stream[batch].shape == states.shape and stream[batch].dtype == states.dtype:
@@ -169,7 +169,7 @@ class Walk:
         unstack(block, wanted)
         targets = {name: module for name, module in linears(block).items() if name in wanted}
         calls = [calls[index] for calls in self.calls]
-        runner = BlockRunner(block, targets, calls, self.hidden, self.room.remembered, self.release)
+        runner = BlockRunner(block, targets, calls, self.hidden, self.room.remembered, self.release, job.processes)
         for name in runner.bypassed:
             job.report.notice(f"{prefix}{name}: its weight is used without calling it, so it stays dense")
         compressor = BlockCompressor(block, prefix, job.plan, runner, job.observed, job.report.layer, self.room)
@@ -218,7 +218,7 @@ class Walk:
             self._replaced.append((parameter, parameter.data))
         with ExitStack() as stack, torch.no_grad():
             if outside:
-                held = (self.room.remembered, self.release)
+                held = (self.room.remembered, self.release, job.processes)
                 runner = BlockRunner(tail, outside, calls, self.hidden, *held)
                 compressor = BlockCompressor(tail, "", job.plan, runner, job.observed, job.report.layer, self.room)
                 compressor.dense = BlockRunner(tail, outside, calls, self.dense, *held) if self.dense else None

@@ -8,8 +8,9 @@ matter beyond the last bits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 
@@ -58,6 +59,17 @@ class Statistic(ABC):
         self._absorb(other)
         self.tokens += other.tokens
 
+    shared: ClassVar[Mapping[str, Literal["sum", "max", "rows"]]] = {"total": "sum"}
+    """Attributes that processes put together, and how."""
+
+    def merged(self, how: Literal["sum", "max", "rows"]) -> list[tuple[str, torch.Tensor]]:
+        """Those that are put together so, with their values."""
+        return [(name, getattr(self, name)) for name, way in self.shared.items() if way == how]
+
+    def settle(self) -> None:
+        """Called when they have been put together."""
+        return
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_features})"
 
@@ -70,6 +82,8 @@ class Gram(Statistic):
 
     Only the upper triangle is summed up; `matrix` fills in the lower one.
     """
+
+    shared: ClassVar[Mapping[str, Literal["sum", "max", "rows"]]] = {"_sums": "sum"}
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
@@ -106,6 +120,8 @@ class Drift(Statistic):
     """D = sum over tokens of (x_dense - x) xᵀ, (in, in) float64: how the compressed model's inputs have moved."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"x", "x_dense"})
+
+    shared: ClassVar[Mapping[str, Literal["sum", "max", "rows"]]] = {"matrix": "sum"}
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
@@ -169,6 +185,8 @@ class Mean(Statistic):
 class AbsMax(Statistic):
     """Largest |x| of each input feature (SmoothQuant's range)."""
 
+    shared: ClassVar[Mapping[str, Literal["sum", "max", "rows"]]] = {"value": "max"}
+
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
         self.value = torch.zeros(in_features, dtype=torch.float32, device=self.device)
@@ -187,6 +205,8 @@ class Sample(Statistic):
 
     LIMIT: ClassVar[int] = 512
 
+    shared: ClassVar[Mapping[str, Literal["sum", "max", "rows"]]] = {"rows": "rows"}
+
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
         self.rows = torch.empty(0, in_features, dtype=torch.float32, device=self.device)
@@ -200,6 +220,9 @@ class Sample(Statistic):
         x, first = observation.x, -self.tokens % self._stride
         self.rows = torch.cat([self.rows, x[first :: self._stride].float()])
         self.tokens += x.shape[0]
+        self._thin()
+
+    def settle(self) -> None:
         self._thin()
 
     def _thin(self) -> None:
