@@ -61,12 +61,16 @@ class Job:
     processes: Processes = ALONE
 
     @cached_property
-    def ids(self) -> list[torch.Tensor]:
-        """This process's batches of token ids. The first of all is small: the proof runs it, too."""
+    def batches(self) -> list[torch.Tensor]:
+        """Batches of token ids; the first is small, since it is also the one that the proof runs."""
         few = replace(self.windows, ids=self.windows.ids[:PROOF_WINDOWS])
         rest = replace(self.windows, ids=self.windows.ids[PROOF_WINDOWS:])
-        together = [*batches(few, self.batch_size), *batches(rest, self.batch_size)]
-        return together[self.processes.rank :: self.processes.size]
+        return [*batches(few, self.batch_size), *batches(rest, self.batch_size)]
+
+    @property
+    def ids(self) -> list[torch.Tensor]:
+        """This process's share of them; all of them where nothing is calibrated."""
+        return self.batches[self.processes.rank :: self.processes.size] if self.observed else self.batches
 
     @property
     def dtype_name(self) -> str:

@@ -97,9 +97,10 @@ def prepare(
     tokens = CALIBRATION_TOKENS.get(torch.device(source.device).type, TOKENS_PER_BATCH)
     size = options.batch_size or default_batch_size(windows, tokens)
     job = Job(source, recipe, plan, windows, calibration is not None, topology, size, options, report, processes)
-    if not job.ids:
+    if job.observed and len(job.batches) < processes.size:
         raise CalibrationError(
-            f"{windows.source}: fewer batches than processes ({processes.size}); start fewer of them"
+            f"{windows.source}: {len(job.batches)} batches for {processes.size} processes; start fewer, or give "
+            "--batch-size 1"
         )
     return job
 
