@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from trifold.compress.files import DTYPES, float_dtype, reason, shard_files, usable_device
 from trifold.compress.integration.auto import auto_class, is_known
 from trifold.compress.source import Source, materialise_buffers, tower_notice
 from trifold.compress.tensor_file import read_ahead, read_parts
-from trifold.core.errors import CheckpointError, InputError
+from trifold.core.errors import CheckpointError, InputError, ResourceError
 from trifold.core.topology import find_blocks
 from trifold.kernels import is_stacked
 
@@ -130,7 +130,13 @@ class FolderSource(Source):
         with contextlib.ExitStack() as stack, _no_progress_bars():
             slices = {}
             for file, keys in self._keys_by_file(chosen):
-                handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+                try:
+                    handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+                except (SafetensorError, OSError) as error:
+                    raise ResourceError(
+                        f"{file}: cannot be read any more ({reason(error)}); mend it, then run the same command to "
+                        "go on"
+                    ) from error
                 slices.update({key: handle.get_slice(key) for key in keys})
             info, _ = convert_and_load_state_dict_in_model(
                 self.model,
