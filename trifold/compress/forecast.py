@@ -103,6 +103,9 @@ def forecast(
     }
     if plan.rewrites and text.observed:
         stages["rewrite"] = max(_rewrite(b, plan, room) for b in parts) + kept + forward + HEAP
+    if any(layer.method.budget for layer in plan.layers.values()):
+        grams = [sum(_statistics(stage, text) for stage in b.stages) for b in parts]
+        stages["allocate"] = max(b.dense + g for b, g in zip(parts, grams, strict=True)) + 2 * kept + forward + HEAP
     if plan.tuners:
         stages["tune"] = max(_tune(plan, parts)) + packed_outside + kept + logits * 2
     device = {}

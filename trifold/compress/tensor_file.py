@@ -75,6 +75,7 @@ def _places(path: Path) -> dict[str, tuple[torch.dtype, int, int]]:
     return {
         name: (_DTYPES[entry["dtype"]], *(start + offset for offset in entry["data_offsets"]))
         for name, entry in header.items()
+        if entry["dtype"] in _DTYPES
     }
 
 

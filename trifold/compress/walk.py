@@ -48,11 +48,7 @@ class Walk:
             self._replaced.clear()
         give_back()
         if job.plan.follows_dense:
-            slab = self._slab(self.hidden[0])
-            for states in self.hidden:
-                slab.add(states)
-                self.release(states)
-            self.dense = slab.parts
+            self.dense = self.beside(self.hidden)
         self.dense_calls = [own_state(calls) for calls in self.calls] if self.dense else []
         values = [v for calls in self.calls for c in calls for v in (*c.args, *c.kwargs.values())]
         self.shares_state = any(isinstance(value, dict) for value in values)
@@ -86,6 +82,18 @@ class Walk:
         place = ("cpu", self.room.folder) if self.room.offload else (self.job.source.device, None)
         self._slabs.append(Slab(elements, first.dtype, *place))
         return self._slabs[-1]
+
+    def beside(self, hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Copies of hidden states, for another stream."""
+        slab = self._slab(hidden[0])
+        for states in hidden:
+            slab.add(states)
+            self.release(states)
+        return slab.parts
+
+    def forget(self, hidden: list[torch.Tensor]) -> None:
+        """Give the memory of such a stream back."""
+        self._slabs = [slab for slab in self._slabs if slab.parts is not hidden]
 
     def release(self, states: torch.Tensor) -> None:
         """These hidden states are not needed for a while."""
