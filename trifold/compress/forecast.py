@@ -82,8 +82,7 @@ def forecast(
     hidden_size = config.hidden_size
     streams = 2 if plan.follows_dense else 1
     hidden = streams * text.tokens * hidden_size * item
-    heads = max(getattr(config, "num_attention_heads", None) or 1, 1)
-    head_dim = getattr(config, "head_dim", None) or hidden_size // heads
+    head_dim = _number(config, "head_dim") or hidden_size // (_number(config, "num_attention_heads") or 1)
     calls = 2 * text.tokens * head_dim * item
     parts, (_, packed_outside, ends) = _sizes(model, plan, specs, blocks)
     logits = _logits(config, text, item)
@@ -119,6 +118,15 @@ def forecast(
     journal = output - packed_outside + hidden + len(parts) * min(text.batch, text.tokens) * hidden_size * item
     spilled = hidden if room.offload else 0
     return Forecast(stages, device, {"journal": journal + hidden + spilled, "output": output})
+
+
+def _number(config: Any, name: str) -> int | None:
+    """A field of a config; None where there is none, or where it differs from layer to layer."""
+    try:
+        found = getattr(config, name, None)
+    except Exception:  # transformers refuses what is not alike in all layers, with errors of its own
+        return None
+    return found if isinstance(found, int) else None
 
 
 def check_memory(name: str, needed: Callable[..., Forecast], available: int | None) -> None:
