@@ -42,5 +42,5 @@ def test_a_file_gets_a_line_for_every_block():
 
 def test_a_terminal_gets_a_bar_that_goes_away():
     text = told(0, True)
-    assert "layers.1.k" in text and "block 2/2" not in text
+    assert "layers.1.k" in text and "block 2/2 loss 2.00e-03" in text and "mean error" not in text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is hidden, then shown again

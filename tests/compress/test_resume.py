@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import contents, trifold_cli, write_text
-from trifold.compress import checkpoint, journal, pipeline
+from trifold.compress import checkpoint, folder, journal, pipeline
 from trifold.compress.folder import FolderSource
 from trifold.formats import FORMATS
 
@@ -321,6 +321,27 @@ def test_failing_machine(monkeypatch, tmp_path, arguments, error):
     assert code == 4
     assert stderr.splitlines()[-1].startswith("error: ") and "run the same command" in stderr
     assert (tmp_path / "out.partial" / "journal" / "block-00000.json").exists()
+
+
+def test_a_shard_that_cannot_be_read_any_more(monkeypatch, tmp_path, arguments, whole, tiny):
+    """A disk that goes away between two blocks and comes back."""
+    source = contents(tiny())
+    original = folder.safe_open
+
+    def gone(file, **options):
+        if (tmp_path / "out.partial" / "journal" / "block-00000.json").exists():
+            raise OSError(errno.EIO, "Input/output error", str(file))
+        return original(file, **options)
+
+    monkeypatch.setattr(folder, "safe_open", gone)
+    code, _, stderr = trifold_cli(*arguments)
+    last = stderr.splitlines()[-1]
+    assert code == 4 and "model.safetensors: cannot be read any more (" in last and "run the same command" in last
+    monkeypatch.undo()
+    assert contents(tiny()) == source
+    code, _, stderr = trifold_cli(*arguments)
+    assert code == 0 and "going on after block 1" in stderr
+    assert result(tmp_path / "out") == whole
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, arguments):

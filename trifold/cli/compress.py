@@ -33,6 +33,13 @@ from trifold.cli.output import emit, facts, json_option, level, size, with_verbo
 @click.option("--seed", type=int, help="Seed.  [default: the recipe's, 0]")
 @click.option("--set", "settings", multiple=True, metavar="[STEP.]K=V", help="Change a recipe's setting.")
 @click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option(
+    "--stats-memory",
+    metavar="SIZE",
+    help="Memory for the statistics of one pass, such as 2GB; more of them take more passes.  [default: a quarter "
+    "of what is free]",
+)
+@click.option("--offload-activations", is_flag=True, help="Keep hidden states in a file, one batch in memory.")
 @click.option("--fresh", is_flag=True, help="Start over instead of going on with an interrupted run.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan; write nothing.")
@@ -52,7 +59,8 @@ def compress(
 ) -> None:
     """Compress MODEL, a folder, a hub id or `demo`, into a packed checkpoint.
 
-    An interrupted run goes on when the same command is repeated.
+    An interrupted run goes on when the same command is repeated. Several processes share the work:
+    torchrun --nproc-per-node 2 -m trifold compress ...
     """
     from trifold.compress import checkpoint
     from trifold.compress.pipeline import Options, prepare, run
@@ -71,6 +79,8 @@ def compress(
         emit({"recipe": chosen.to_dict(), "layers": layers}, json_to, _plan_table(layers))
         return
     _, report = run(model, chosen, calib, output, options, reporter)
+    if not report:  # of another process than the one that writes
+        return
     rows = {
         "recipe": chosen.name,
         "layers": len(report["layers"]),

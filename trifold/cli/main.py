@@ -52,6 +52,8 @@ def _run(entry: Callable[..., Any], arguments: list[str]) -> int:
     except click.ClickException as error:
         return _fail(InputError(f"{error.format_message()} (see trifold --help)"))
     except (click.Abort, KeyboardInterrupt):
+        if not _speaks():
+            return INTERRUPTED
         click.echo(f"\ninterrupted; to go on, repeat: {shlex.join(['trifold', *arguments])}", err=True)
         return INTERRUPTED
     except TrifoldError as error:
@@ -62,5 +64,16 @@ def _run(entry: Callable[..., Any], arguments: list[str]) -> int:
 
 
 def _fail(error: TrifoldError) -> int:
+    if not _speaks():
+        return error.exit_code
     click.echo(f"error: {' '.join(str(error).split())}", err=True)
     return error.exit_code
+
+
+def _speaks() -> bool:
+    """Of several processes the first that fails speaks for all."""
+    if "WORLD_SIZE" not in os.environ:
+        return True
+    from trifold.compress.processes import speaks
+
+    return speaks()

@@ -113,14 +113,15 @@ def _dense_blocks(
     """Prefix, weights, Gram matrices and, where they are wanted, sensitivities of the chosen layers of each block, on
     the dense model's hidden states."""
     source = walk.job.source
-    hidden, calls = [h.clone() for h in walk.starts()], [own_state(c) for c in walk.calls]
+    hidden, calls = walk.beside(walk.starts()), [own_state(c) for c in walk.calls]
+    held = (walk.room.remembered, walk.release, walk.job.processes)
     for index in range(source.block_count):
         prefix = f"{source.blocks}.{index}."
         block = source.open_block(index)
         wanted = {name.removeprefix(prefix) for name in chosen if name.startswith(prefix)}
         unstack(block, wanted)
         targets = {n: m for n, m in linears(block).items() if n in wanted}
-        runner = BlockRunner(block, targets, [c[index] for c in calls], hidden)
+        runner = BlockRunner(block, targets, [c[index] for c in calls], hidden, *held)
         statistics = {
             stage[0]: Statistics((Gram,), weight_of(targets[stage[0]]).shape[1], source.device)
             for stage in runner.stages
@@ -136,3 +137,4 @@ def _dense_blocks(
         yield prefix, weights, grams, sensitivity
         hidden = runner.advance()
         source.close_block(index)
+    walk.forget(hidden)

@@ -15,9 +15,10 @@ from torch import nn
 
 from trifold.compress.capture import Call
 from trifold.compress.experts import ExpertTokens
-from trifold.compress.memory import free_bytes
+from trifold.compress.memory import ROOM, Room, give_back
 from trifold.compress.plan import LayerPlan, Plan
 from trifold.compress.runner import BlockRunner
+from trifold.compress.scratch import Release, keep, spill
 from trifold.compress.slicing import Slices, slice_attention
 from trifold.core.canonical import Canonical, with_rounded_input
 from trifold.core.errors import CheckpointError
@@ -29,8 +30,6 @@ from trifold.core.scheme import Scheme
 from trifold.core.statistics import AbsMax, AbsMean, Drift, Gram, Mean, Sample, Statistic
 from trifold.core.topology import Topology
 from trifold.formats import Spec, bits_per_weight, describe, digest, pack, rounds_input
-
-STATISTICS_SHARE = 0.25  # of the free memory may hold the statistics of one pass
 
 LayerDone = Callable[[str, dict[str, Any]], None]
 
@@ -121,13 +120,16 @@ class BlockCompressor:
         runner: BlockRunner,
         observed: bool,
         layer_done: LayerDone,
+        room: Room = ROOM,
     ) -> None:
+        self.room = room
         self.dense: BlockRunner | None = None
         self._undo: list[Callable[[], Any]] = []
         self.module, self.prefix, self.plan, self.runner = module, prefix, plan, runner
         self.observed, self.layer_done = observed, layer_done
-        self.weights = {name: weight_of(m) for name, m in runner.linears.items()}  # modules get new ones
+        self.weights = {name: weight_of(m) for name, m in runner.linears.items()}  # until they are solved
         self.shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        self.widths = {name: shape[1] for name, shape in self.shapes.items()}
         self.seen: dict[str, Seen] = {}  # by stage leader, where an earlier pass gathered it
         self.bounds: dict[str, Bounds] = {}
         self.events: dict[str, dict[str, Any]] = {}
@@ -150,7 +152,9 @@ class BlockCompressor:
             again = True
             while again:
                 context, leaders = self.context(method, allowed, topology)
-                change, carries[step] = method.rewrite(context, carries.get(step))
+                first = self.runner.processes.writes  # only its sample of inputs counts
+                decided = method.rewrite(context, carries.get(step)) if first else None
+                change, carries[step] = self.runner.processes.same(decided, device=self.runner.device)
                 self._apply(change, {leader: Seen.of(s) for leader, s in context.statistics.items()}, leaders)
                 if method.cuts:
                     self._cut(change, topology)
@@ -188,7 +192,8 @@ class BlockCompressor:
             sizes = {"qk_dim": sliced.qk_dim, "v_dim": sliced.v_dim, "head_dim": layout.head_dim}
             self.done.slices[name] = sizes
             self.done.digests[name] = digest({} if index is None else {"rotary_index": index})
-        self.runner = BlockRunner(self.module, self.runner.linears, self.runner.calls, self.runner.hidden)
+        self.widths = {name: weight_of(m).shape[1] for name, m in self.runner.linears.items()}
+        self.runner = self.runner.anew(self.runner.linears)
         self.seen = {}
 
     def _note_sizes(self) -> None:
@@ -213,29 +218,42 @@ class BlockCompressor:
         }
         if len(solved) < len(self.runner.linears):
             self.weights = {name: self.weights[name] for name in solved}
-            self.runner = BlockRunner(self.module, solved, self.runner.calls, self.runner.hidden)
+            self.widths = {name: self.widths[name] for name in solved}
+            self.runner = self.runner.anew(solved)
 
     def _gather(self, names: Sequence[str], kinds: Sequence[type[Statistic]]) -> dict[str, Statistics]:
         """One pass over the batches for the stages that hold these linears, by stage leader.
 
-        An expert that too few tokens reach is shown all of them in another pass, and from then on.
+        What does not fit into memory together takes several passes, and waits in files. An expert that too few
+        tokens reach is shown all of them in another pass, and from then on.
         """
         unique = list(dict.fromkeys(kinds))
         leaders = [stage[0] for stage in self.runner.stages if set(stage) & set(names)]
 
         def gather(chosen: Sequence[str]) -> dict[str, Statistics]:
             statistics = {
-                name: Statistics(unique, self.weights[name].shape[1], self.weights[name].device) for name in chosen
+                name: Statistics(unique, self.widths[name], weight_of(self.runner.linears[name]).device)
+                for name in chosen
             }
             if statistics:
                 self.runner.observe(statistics, self.dense if Drift in unique else None)
             return statistics
 
-        statistics = gather(leaders)
-        return statistics | gather(self.experts.starving({name: s.tokens for name, s in statistics.items()}))
+        def gather_in_waves(chosen: Sequence[str]) -> dict[str, Statistics]:
+            waves = list(self._affordable([[name] for name in chosen], unique))
+            found = {}
+            for wave in waves:
+                statistics = gather([name for (name,) in wave])
+                for held in statistics.values() if len(waves) > 1 else ():
+                    spill(held, self.room.folder)
+                found.update(statistics)
+            return found
+
+        statistics = gather_in_waves(leaders)
+        return statistics | gather_in_waves(self.experts.starving({name: s.tokens for name, s in statistics.items()}))
 
     def _parameters(self) -> dict[str, torch.Tensor]:
-        solved = {name + ".weight" for name in self.weights}
+        solved = {name + ".weight" for name in self.widths}
         return {name: p.data for name, p in self.module.named_parameters() if name not in solved}
 
     @torch.no_grad()
@@ -278,11 +296,11 @@ class BlockCompressor:
                 undo()
             self._undo.clear()
 
-    def follow_dense(self, calls: Sequence[Call], hidden: list[torch.Tensor]) -> BlockRunner:
+    def follow_dense(self, calls: Sequence[Call], hidden: list[torch.Tensor], release: Release = keep) -> BlockRunner:
         """Keep the block as it is now beside the one that is being compressed, on the dense hidden states."""
         dense = copy.deepcopy(self.module)
         linears = {name: dense.get_submodule(name) for name in self.runner.linears}
-        self.dense = BlockRunner(dense, linears, calls, hidden)
+        self.dense = BlockRunner(dense, linears, calls, hidden, self.room.remembered, release)
         return self.dense
 
     # -- layer methods ---------------------------------------------------------------------------------
@@ -290,21 +308,25 @@ class BlockCompressor:
     def solve(self, true_sequential: bool) -> Compressed:
         """Solve every stage in order of execution; the module ends up with the dequantised weights."""
         if self.observed and not true_sequential and not self.seen:
-            gathered = self._gather(list(self.weights), (Gram, *self._needs(self.weights) - {Drift}))
+            gathered = self._gather(list(self.widths), (Gram, *self._needs(self.widths) - {Drift}))
             self.seen = {leader: Seen.of(s) for leader, s in gathered.items()}
         for wave in self.runner.waves:
             for stages in self._affordable(wave):
                 started = time.perf_counter()
                 seen = self._statistics(stages, true_sequential)
                 gathering = (time.perf_counter() - started) / len(stages)
+                shared = self._share_out(stages, seen)
                 for stage in stages:
                     started = time.perf_counter()
-                    solutions = self._solve_stage(stage, seen[stage[0]])
+                    solutions = shared or self._solve_stage(stage, seen[stage[0]])
                     seconds = (gathering + time.perf_counter() - started) / len(stage)
                     for name in stage:
                         self._settle(name, solutions[name], seen[stage[0]], seconds)
+                    del solutions, seen[stage[0]]
+                    self.seen.pop(stage[0], None)
                     for runner in filter(None, (self.runner, self.dense)):
                         runner.finish(stage)
+                give_back()
         return self.done
 
     def _needs(self, names: Iterable[str]) -> set[type[Statistic]]:
@@ -313,19 +335,23 @@ class BlockCompressor:
         static = {AbsMax} if any(plan.input is not None and plan.input.static for plan in plans) else set()
         return static | {kind for plan in plans for kind in plan.method.gathers}
 
-    def _affordable(self, wave: Sequence[Sequence[str]]) -> Iterator[list[Sequence[str]]]:
-        """A wave in parts whose statistics fit into memory together."""
+    def _affordable(
+        self, wave: Sequence[Sequence[str]], kinds: Sequence[type[Statistic]] = ()
+    ) -> Iterator[list[Sequence[str]]]:
+        """A wave in parts whose statistics fit into memory together, those of `kinds` among them."""
         part: list[Sequence[str]] = []
-        budget = free_bytes() * STATISTICS_SHARE
-        held = 0.0
+        budget = self.room.for_statistics()
+        held = 0
         for stage in wave:
-            size = 8 * len({Gram} | self._needs(stage)) * self.weights[stage[0]].shape[1] ** 2
+            wanted: set[type[Statistic]] = {Gram, *self._needs(stage), *kinds}
+            size = sum(kind.nbytes(self.widths[stage[0]]) for kind in wanted)
             if part and held + size > budget:
                 yield part
-                part, held = [], 0.0
+                part, held = [], 0
             part.append(stage)
             held += size
-        yield part
+        if part:
+            yield part
 
     def _statistics(self, stages: Sequence[Sequence[str]], true_sequential: bool) -> dict[str, Seen]:
         """What is known of each stage's input, by leader: from an earlier pass where nothing newer is needed."""
@@ -342,6 +368,20 @@ class BlockCompressor:
         kinds = sorted(set().union(*fresh.values()), key=lambda kind: kind.__name__)
         gathered = self._gather(list(fresh), (Gram, *kinds))
         return found | {leader: Seen.of(statistics) for leader, statistics in gathered.items()}
+
+    def _share_out(self, stages: Sequence[Sequence[str]], seen: Mapping[str, Seen]) -> dict[str, LayerSolution]:
+        """What the processes of this run decide about these stages, each about its share; empty for one process."""
+        processes, leaders = self.runner.processes, {name: stage[0] for stage in stages for name in stage}
+        if processes.size == 1:
+            return {}
+        costs = {name: self.weights[name].numel() * float(self.widths[name]) for name in leaders}
+        shares = processes.shares(costs)
+        mine: dict[str, LayerSolution] = {}
+        for stage in stages:
+            names = [name for name in stage if name in shares[processes.rank]]
+            mine.update(self._solve_stage(names, seen[stage[0]]) if names else {})
+        owners = {name: rank for rank, names in enumerate(shares) for name in names}
+        return {name: processes.same(mine.get(name), owners[name], self.runner.device) for name in leaders}
 
     def _solve_stage(self, stage: Sequence[str], seen: Seen) -> dict[str, LayerSolution]:
         """Layers of one method are solved together."""
@@ -386,7 +426,7 @@ class BlockCompressor:
         if any(self.prefix + name in tuned for _, _, tuned in self.plan.tuners):
             self.canonical[name] = canonical
         entry = {
-            "error": relative_error(self.weights[name].float(), weight, seen.gram),
+            "error": relative_error(self.weights.pop(name).float(), weight, seen.gram),
             "error_of": "output" if seen.gram is not None else "weight",
             "bits_per_weight": bits_per_weight(self.done.modules[self.prefix + name]),
             "seconds": round(seconds, 4),

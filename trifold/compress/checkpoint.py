@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,6 @@ from trifold.core.errors import CheckpointError, InputError, ResourceError
 
 FORMAT_VERSION = "1.0"
 QUANT_METHOD = "trifold"
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of '5GB', '200 MiB' or a number. Raises InputError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
-    if size < 1:
-        raise InputError(f"--max-shard-size {text!r}: write it as 5GB, 200MB or a number of bytes")
-    return size
 
 
 def check_output(output: Path) -> None:
@@ -68,6 +58,48 @@ def finished_report(partial: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return report if isinstance(report, dict) and "fingerprint" in report else None
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """One process at a time works for one `output`. Raises InputError if another one does.
+
+    The lock goes with the process, however it ends; the file beside `output` is removed.
+    """
+    path = output.with_name(f".{output.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        handle = path.open("a+")
+        try:
+            _lock(handle.fileno())
+        except BlockingIOError as error:
+            handle.seek(0)
+            raise InputError(
+                f"{output}: another run (process {handle.read().strip() or 'unknown'}) is writing it; wait for it, or "
+                "choose another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            break
+        with suppress(OSError):
+            if os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
+                break
+        handle.close()  # the one who held it has just removed it
+    with handle:
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock(descriptor: int) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager

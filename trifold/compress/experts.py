@@ -64,3 +64,13 @@ class ExpertTokens:
         """Show nobody anything any more."""
         for mixture in self.mixtures.values():
             mixture.shown = frozenset()
+
+
+def tokens_of_experts(report: Mapping[str, Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Path of each mixture -> the tokens that calibration sent to its experts, in their order."""
+    found: dict[str, dict[int, int]] = {}
+    for name, entry in report.items():
+        path, _, expert = name.rpartition(".")[0].rpartition(".")
+        if "tokens" in entry and expert.isdigit():
+            found.setdefault(path, {})[int(expert)] = entry["tokens"]
+    return {path: [tokens[e] for e in sorted(tokens)] for path, tokens in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import textwrap
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from trifold.core import embedded
 from trifold.core.errors import CheckpointError, InputError
 
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,3 +89,12 @@ def usable_device(name: str) -> torch.device:
         raise InputError(
             f"--device {name}: cannot be used here ({reason(error)}); give another, such as cpu"
         ) from error
+
+
+def parse_size(text: str | int, option: str) -> int:
+    """Bytes of '5GB', '200 MiB' or a number, as `option` gives them. Raises InputError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
+    if size < 1:
+        raise InputError(f"{option} {text!r}: write it as 5GB, 200MB or a number of bytes")
+    return size

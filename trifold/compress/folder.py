@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from trifold.compress.files import DTYPES, float_dtype, reason, shard_files, usable_device
 from trifold.compress.integration.auto import auto_class, is_known
 from trifold.compress.source import Source, materialise_buffers, tower_notice
-from trifold.core.errors import CheckpointError, InputError
+from trifold.compress.tensor_file import read_ahead, read_parts
+from trifold.core.errors import CheckpointError, InputError, ResourceError
 from trifold.core.topology import find_blocks
 from trifold.kernels import is_stacked
 
@@ -129,7 +130,13 @@ class FolderSource(Source):
         with contextlib.ExitStack() as stack, _no_progress_bars():
             slices = {}
             for file, keys in self._keys_by_file(chosen):
-                handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+                try:
+                    handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+                except (SafetensorError, OSError) as error:
+                    raise ResourceError(
+                        f"{file}: cannot be read any more ({reason(error)}); mend it, then run the same command to "
+                        "go on"
+                    ) from error
                 slices.update({key: handle.get_slice(key) for key in keys})
             info, _ = convert_and_load_state_dict_in_model(
                 self.model,
@@ -170,6 +177,28 @@ class FolderSource(Source):
     def close_outside(self) -> None:
         self._close(self.model)
 
+    def _ends(self) -> list[nn.Module]:
+        """Embeddings and head, unless a block holds them too."""
+        inside = set(self.model.get_submodule(self.blocks).modules())
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        return [end for end in ends if end is not None and end not in inside]
+
+    def close_ends(self) -> bool:
+        for end in self._ends():
+            self._close(end)
+        return True
+
+    def open_ends(self) -> None:
+        ends = self._ends()
+        names = [name for name, module in self.model.named_modules(remove_duplicate=False) if module in ends]
+        self._load(lambda target: any(target.startswith(name + ".") for name in names))
+        self.model.tie_weights()
+
+    def prefetch(self, index: int) -> None:
+        prefix = f"{self.blocks}.{index}."
+        for file, keys in self._keys_by_file(key for key, target in self._targets.items() if target.startswith(prefix)):
+            read_ahead(file, keys)
+
     def _close(self, part: nn.Module) -> None:
         for module in part.modules():
             for name, parameter in module._parameters.items():
@@ -181,15 +210,16 @@ class FolderSource(Source):
 
     def check_finite(self) -> None:
         for file, keys in self._keys_by_file(self._targets):
-            with safe_open(file, framework="pt") as handle:
-                for key in keys:
-                    tensor = handle.get_tensor(key)
-                    if not tensor.is_floating_point():
+            try:
+                for key, part in read_parts(file, keys):
+                    if not part.is_floating_point():
                         continue
-                    if not torch.isfinite(tensor).all():
+                    if not torch.isfinite(part).all():
                         raise CheckpointError(f"{file}: {key} holds NaN or infinity; repair the model first")
-                    if not torch.isfinite(tensor.to(self.dtype)).all():
+                    if not torch.isfinite(part.to(self.dtype)).all():
                         raise InputError(f"{file}: {key} overflows {self.dtype}; choose dtype bfloat16 or float32")
+            except OSError as error:
+                raise CheckpointError(f"{file}: cannot be read ({error.strerror}); copy the model again") from error
 
     def fingerprint(self) -> dict[str, Any]:
         files = sorted(set(self.files.values()))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
 from trifold.compress.calibration import PROOF_WINDOWS
+from trifold.compress.files import parse_size
+from trifold.compress.memory import Room
 from trifold.compress.plan import Plan
+from trifold.compress.processes import ALONE, Processes
 from trifold.compress.progress import Reporter
 from trifold.compress.recipe import Recipe
 from trifold.compress.source import Source
@@ -29,6 +34,15 @@ class Options:
     fresh: bool = False
     inplace: bool = False
     trust_remote_code: bool = False
+    stats_memory: str | int | None = None
+    offload_activations: bool = False
+
+
+def room_of(options: Options, folder: Path | None = None) -> Room:
+    """What calibration may hold in memory, with its files in `folder`. Raises InputError for a size that is none."""
+    limit = options.stats_memory
+    statistics = None if limit is None else parse_size(limit, "--stats-memory")
+    return Room(statistics, options.offload_activations, folder or Path(tempfile.gettempdir()))
 
 
 @dataclass
@@ -44,13 +58,19 @@ class Job:
     batch_size: int
     options: Options
     report: Reporter
+    processes: Processes = ALONE
 
     @cached_property
-    def ids(self) -> list[torch.Tensor]:
+    def batches(self) -> list[torch.Tensor]:
         """Batches of token ids; the first is small, since it is also the one that the proof runs."""
         few = replace(self.windows, ids=self.windows.ids[:PROOF_WINDOWS])
         rest = replace(self.windows, ids=self.windows.ids[PROOF_WINDOWS:])
         return [*batches(few, self.batch_size), *batches(rest, self.batch_size)]
+
+    @property
+    def ids(self) -> list[torch.Tensor]:
+        """This process's share of them; all of them where nothing is calibrated."""
+        return self.batches[self.processes.rank :: self.processes.size] if self.observed else self.batches
 
     @property
     def dtype_name(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,11 @@ class Journal:
         return self.folder / f"hidden-{done:05d}.safetensors"
 
     def write_block(
-        self, block: int, compressed: Compressed, hidden: Sequence[torch.Tensor], carries: Mapping[str, Any]
+        self, block: int, compressed: Compressed, hidden: Sequence[Entry], carries: Mapping[str, Any]
     ) -> None:
         """Keep a finished block and the hidden states behind it."""
         save_synced(compressed.tensors, self._shard(block))
-        save_synced({f"{i:05d}": h for i, h in enumerate(hidden)}, self._hidden(block + 1))
+        write_entries({f"{i:05d}": h for i, h in enumerate(hidden)}, self._hidden(block + 1))
         entry = {
             "modules": compressed.modules,
             "report": compressed.report,
@@ -81,16 +81,13 @@ class Journal:
         """What was noted of a finished block."""
         return _read_json(self._json(block))
 
-    def hidden(self) -> list[torch.Tensor]:
-        """The hidden states behind the last finished block. Raises ResourceError if the file is damaged."""
-        return [t for _, t in sorted(self._load(self._hidden(self.done)).items())]
+    def hidden(self) -> Iterator[torch.Tensor]:
+        """The hidden states behind the last finished block, one by one. Raises ResourceError if the file is damaged."""
+        return _tensors(self._hidden(self.done))
 
     def block_tensors(self, block: int) -> dict[str, Entry]:
         """The packed tensors of a finished block, to be read when they are wanted."""
-        try:
-            return stored(self._shard(block))
-        except (SafetensorError, OSError) as error:
-            raise _damaged(self._shard(block), error) from error
+        return _stored(self._shard(block))
 
     def keep(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep tensors under a name, for the proof or for going on."""
@@ -126,6 +123,40 @@ class Journal:
             if path.name != "fingerprint.json":
                 path.unlink()
         shutil.rmtree(self.folder)
+
+
+class Follower:
+    """What a process that does not write keeps of a journal that another one writes: its share of hidden states.
+
+    It writes those behind a block before the other one counts the block, and keeps those before it.
+    """
+
+    def __init__(self, folder: Path, rank: int, done: int) -> None:
+        self.folder, self.rank, self.done = folder, rank, done
+
+    def _hidden(self, done: int) -> Path:
+        return self.folder / f"hidden-{done:05d}-{self.rank}.safetensors"
+
+    def write_block(self, block: int, hidden: Sequence[Entry]) -> None:
+        """Keep the hidden states behind a block."""
+        write_entries({f"{i:05d}": h for i, h in enumerate(hidden)}, self._hidden(block + 1))
+        self._hidden(block - 1).unlink(missing_ok=True)
+
+    def hidden(self) -> Iterator[torch.Tensor]:
+        """Those behind the last finished block. Raises ResourceError if they are damaged."""
+        return _tensors(self._hidden(self.done))
+
+
+def _stored(path: Path) -> dict[str, Entry]:
+    try:
+        return stored(path)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _tensors(path: Path) -> Iterator[torch.Tensor]:
+    for _, entry in sorted(_stored(path).items()):
+        yield entry.load()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -6,6 +6,36 @@ import ctypes
 import os
 import resource
 import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STATISTICS_SHARE = 0.25  # of the free memory may hold the statistics of one pass
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much of what calibration gathers may be in memory. What is written does not depend on it.
+
+    statistics: bytes of those of one pass; by default a quarter of the free memory. More of them take several
+    passes, and wait in files. offload: whether hidden states are in files, too. folder: of these files.
+    """
+
+    statistics: int | None = None
+    offload: bool = False
+    folder: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
+
+    def for_statistics(self) -> float:
+        """Bytes that statistics may take now."""
+        return free_bytes() * STATISTICS_SHARE if self.statistics is None else self.statistics
+
+    @property
+    def remembered(self) -> int | None:
+        """Bytes of outputs that are remembered within a block; None leaves it to the runner."""
+        return 0 if self.offload else None
+
+
+ROOM = Room()
 
 
 def free_bytes() -> int:
@@ -14,6 +44,30 @@ def free_bytes() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, AttributeError, OSError):
         return 2**31
+
+
+def available_bytes() -> int | None:
+    """Memory that the system could give this process, files in its cache and limits of its group counted; None if it
+    does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # none, or "max"
+        return found
+    return min(found, max(limit - used, 0))
+
+
+def current_bytes() -> int:
+    """Memory that is resident now; the peak where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return resident_bytes()
 
 
 def resident_bytes() -> int:

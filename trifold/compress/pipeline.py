@@ -7,6 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,18 @@ from trifold.compress.calibration import (
     random_windows,
     text_windows,
 )
-from trifold.compress.files import model_folder
+from trifold.compress.estimate import check_room
+from trifold.compress.experts import tokens_of_experts
+from trifold.compress.files import model_folder, parse_size
 from trifold.compress.folder import FolderSource
 from trifold.compress.integration.load import load, read_compressed
 from trifold.compress.integration.modules import install
-from trifold.compress.job import Job, Options, versions
-from trifold.compress.journal import Journal
+from trifold.compress.job import Job, Options, room_of, versions
+from trifold.compress.journal import Follower, Journal
+from trifold.compress.lint import lint
 from trifold.compress.memory import resident_bytes
 from trifold.compress.plan import make_plan
+from trifold.compress.processes import ALONE, Processes, join, leave
 from trifold.compress.progress import Reporter
 from trifold.compress.proof import prove
 from trifold.compress.recipe import Recipe
@@ -40,7 +45,7 @@ from trifold.compress.summary import summarise
 from trifold.compress.tensor_file import Entry
 from trifold.compress.tune import ModelTuning
 from trifold.compress.walk import Walk
-from trifold.core.errors import CalibrationError, InputError, ProofError
+from trifold.core.errors import CalibrationError, InputError, ProofError, RecipeError
 from trifold.core.families import topology_of
 from trifold.core.native import library
 
@@ -52,9 +57,11 @@ def prepare(
     options: Options,
     report: Reporter,
     tokenizer: Any = None,
+    processes: Processes = ALONE,
 ) -> Job:
     """Everything that can be found wrong before anything is written. Raises InputError."""
-    checkpoint.parse_size(options.max_shard_size)
+    parse_size(options.max_shard_size, "--max-shard-size")
+    room_of(options)
     if options.batch_size is not None and options.batch_size < 1:
         raise InputError(f"batch_size={options.batch_size}: must be at least 1")
     if isinstance(model, str | Path):
@@ -75,6 +82,8 @@ def prepare(
         windows = random_windows(source.config, recipe.seed)
     else:
         windows = text_windows(calibration, source.tokenizer, source.config, recipe.nsamples, recipe.seqlen)
+        found = lint(windows, plan, source.tokenizer, source.name)
+        windows = replace(windows, notices=(*windows.notices, *found))
     config = source.config.get_text_config()
     topology = topology_of(config)
     for notice in (*source.notices, *plan.notices, *windows.notices):
@@ -86,10 +95,19 @@ def prepare(
             f"{config.model_type}: no folds are known for this family, so "
             f"{', '.join(scaling)} cannot scale anything there"
         )
-    source.check_finite()
+    if processes.writes:
+        source.check_finite()
     tokens = CALIBRATION_TOKENS.get(torch.device(source.device).type, TOKENS_PER_BATCH)
     size = options.batch_size or default_batch_size(windows, tokens)
-    return Job(source, recipe, plan, windows, calibration is not None, topology, size, options, report)
+    job = Job(source, recipe, plan, windows, calibration is not None, topology, size, options, report, processes)
+    if processes.size > 1 and cuts(plan):
+        raise RecipeError("dimensions are divided by one process; start this recipe without torchrun")
+    if job.observed and len(job.batches) < processes.size:
+        raise CalibrationError(
+            f"{windows.source}: {len(job.batches)} batches for {processes.size} processes; start fewer, or give "
+            "--batch-size 1"
+        )
+    return job
 
 
 def compress_to(job: Job, output: Path) -> dict[str, Any]:
@@ -98,6 +116,14 @@ def compress_to(job: Job, output: Path) -> dict[str, Any]:
     Raises InputError, ProofError (unfinished output is removed), ResourceError (it stays, for the same
     command to go on).
     """
+    if not job.processes.writes:
+        _follow(job, output)
+        return {}
+    with checkpoint.locked(output):
+        return _compress_to(job, output)
+
+
+def _compress_to(job: Job, output: Path) -> dict[str, Any]:
     partial = output.with_name(output.name + ".partial")
     checkpoint.check_partial(partial)
     if job.options.fresh:
@@ -107,12 +133,14 @@ def compress_to(job: Job, output: Path) -> dict[str, Any]:
         report = checkpoint.finished_report(partial)
         if report is not None and report["fingerprint"] == _stamp(fingerprint):
             job.report.notice("finished before; only the rename was missing")
+            job.processes.same(False)
             checkpoint.discard(partial / "journal")
             checkpoint.publish(partial, output)
             return report
         if report is not None and not (partial / "journal").exists():
             raise InputError(f"{partial}: the finished result of another run; --fresh starts over, or move it away")
         journal = Journal(partial / "journal", fingerprint)
+        job.processes.same(True)
         try:
             return _write(job, journal, partial, output)
         except (InputError, ProofError):
@@ -126,25 +154,26 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     started = time.perf_counter()
     source, everything = job.source, Compressed()
     source.open_outside()
-    with Walk(job) as walk:
-        if has_budget(job.plan):
-            shares = journal.noted("allocation") or allocate_shares(walk)
+    with Walk(job, room_of(job.options, journal.folder)) as walk:
+        shares = _shares(walk, journal.noted("allocation"))
+        if shares:
             journal.note("allocation", shares)
-            job.plan = with_shares(job.plan, shares)
         if cuts(job.plan):
             carries = journal.noted("survey") or survey(walk)
             journal.note("survey", carries)
             walk.carries.update(carries)
         if walk.shares_state:
             journal.done = 0  # blocks read what earlier ones left in memory, so none can be skipped
+        job.processes.same(journal.done)
         if journal.done:
             job.report.notice(f"going on after block {journal.done} of {source.block_count}")
-            walk.resume([journal.entry(i) for i in range(journal.done)], journal.hidden())
+            walk.resume(job.processes.same(journal.entry(journal.done - 1)["carries"]), journal.hidden())
         job.report.begin(source.block_count, journal.done)
         for index in range(journal.done, source.block_count):
             result = walk.block(index)
             journal.keep(f"reference-{index:05d}", {"hidden": walk.hidden[0]})
-            journal.write_block(index, result, [*walk.hidden, *walk.dense], walk.carries)
+            job.processes.wait()
+            journal.write_block(index, result, walk.state(), walk.carries)
         for index in range(source.block_count):
             entry = journal.entry(index)
             everything.note(entry["modules"], entry["report"], entry["digests"], entry["slices"])
@@ -159,7 +188,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
             yield journal.block_tensors(index) if tuned is None else tuned[index]
         yield {name: Entry.of(tensor) for name, tensor in tail.tensors.items()}
 
-    checkpoint.write_shards(partial, units(), checkpoint.parse_size(job.options.max_shard_size))
+    checkpoint.write_shards(partial, units(), parse_size(job.options.max_shard_size, "--max-shard-size"))
     source.copy_files(partial)
     checkpoint.write_config(partial, source.config_dict() | {"dtype": job.dtype_name}, _quantization(job, everything))
     tail.tensors.clear()
@@ -173,6 +202,35 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     journal.remove()
     checkpoint.publish(partial, output)
     return report
+
+
+def _shares(walk: Walk, noted: Mapping[str, float] | None) -> Mapping[str, float]:
+    """What is divided among layers first, and put into the plan. noted: what was found before the run broke off."""
+    job = walk.job
+    if not has_budget(job.plan):
+        return {}
+    shares: Mapping[str, float] = job.processes.same(noted) or allocate_shares(walk)
+    job.plan = with_shares(job.plan, shares)
+    return shares
+
+
+def _follow(job: Job, output: Path) -> None:
+    """Take part in the compression that the first process writes."""
+    if not job.processes.same(None):
+        return
+    folder = output.with_name(output.name + ".partial") / "journal"
+    with checkpoint.disk_errors(folder):
+        job.source.open_outside()
+        with Walk(job, room_of(job.options, folder)) as walk:
+            _shares(walk, None)
+            journal = Follower(folder, job.processes.rank, job.processes.same(None))
+            if journal.done:
+                walk.resume(job.processes.same(None), journal.hidden())
+            for index in range(journal.done, job.source.block_count):
+                walk.block(index)
+                journal.write_block(index, walk.state())
+                job.processes.wait()
+            walk.tail()
 
 
 def _tuned(walk: Walk, journal: Journal, everything: Compressed) -> list[dict[str, Entry]] | None:
@@ -193,7 +251,7 @@ def compress_live(job: Job) -> dict[str, Any]:
     results = []
     job.report.begin(source.block_count, 0)
     try:
-        with Walk(job) as walk:
+        with Walk(job, room_of(job.options)) as walk:
             if has_budget(job.plan):
                 job.plan = with_shares(job.plan, allocate_shares(walk))
             if cuts(job.plan):
@@ -237,6 +295,7 @@ def _fingerprint(job: Job) -> dict[str, Any]:
         "calibration": job.windows.digest if job.observed else None,
         "batch_size": job.batch_size,
         "threads": torch.get_num_threads(),
+        "processes": job.processes.size,
         "compiled": library("columns") is not None,
         "max_shard_size": job.options.max_shard_size,
         "versions": versions(),
@@ -270,6 +329,7 @@ def _report(
         "versions": versions(),
         "notices": [*job.source.notices, *job.plan.notices],
         "layers": everything.report,
+        "tokens_of_experts": tokens_of_experts(everything.report),
         "mean_error": sum(e["error"] for e in everything.report.values()) / len(everything.report),
         **sizes,
         "proof": dict(proof),
@@ -296,7 +356,12 @@ def run(
     """Compress to a folder (returns None and the report) or into a model (returns it and the report)."""
     if output is not None:
         checkpoint.check_output(output)
-    job = prepare(model, recipe, calibration, options, report, tokenizer)
+    processes = join()
+    if not processes.writes:
+        report.level = -1
+    job = prepare(model, recipe, calibration, options, report, tokenizer, processes)
+    if processes.size > 1:
+        _check_processes(job, output)
     if isinstance(job.source, LiveSource):
         whole = [step for step, tuner, _ in job.plan.tuners if tuner.level == "model"]
         if whole and output is None:
@@ -310,13 +375,24 @@ def run(
             for module in training:
                 module.training = True
     if output is not None:
-        return None, compress_to(job, output)
+        if processes.writes:
+            check_room(job, output)
+        written = compress_to(job, output)
+        leave()
+        return None, written
     with tempfile.TemporaryDirectory() as folder:
         written = compress_to(job, Path(folder) / "model")
         trust = {"trust_remote_code": True} if options.trust_remote_code else {}
         packed = load(Path(folder) / "model", job.source.dtype, {"": job.source.device}, **trust)
     packed.trifold_report = written
     return packed, written
+
+
+def _check_processes(job: Job, output: Path | None) -> None:
+    if output is None or isinstance(job.source, LiveSource):
+        raise InputError("several processes compress a folder into a folder; start one for a model in memory")
+    if job.plan.tuners:
+        raise InputError(f"step {job.plan.tuners[0][0]!r} tunes in one process; start one")
 
 
 def _run_live(job: Job, output: Path | None) -> dict[str, Any]:

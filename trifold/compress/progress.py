@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
-from trifold.compress.memory import resident_bytes
+from trifold.compress.memory import current_bytes, resident_bytes
 
 
 class Reporter:
@@ -20,6 +21,7 @@ class Reporter:
         self._bar: Progress | None = None
         self._started = 0.0
         self._total = 0
+        self._pace = ""
 
     def notice(self, message: str) -> None:
         """Something the user should know, once."""
@@ -35,16 +37,22 @@ class Reporter:
         """The walk over the blocks starts, with `done` of them finished earlier."""
         self._started, self._total = time.perf_counter(), blocks - done
         if self.level >= 0 and self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TextColumn("block {task.completed}/{task.total}"),
+                TextColumn("{task.fields[facts]}"),
+            )
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._bar.start()
-            self._task = self._bar.add_task("compressing", total=blocks, completed=done)
+            self._task = self._bar.add_task("compressing", total=blocks, completed=done, facts=_memory())
 
     def layer(self, name: str, entry: dict[str, Any]) -> None:
         """A layer is solved."""
         line = f"{name}  error {entry['error']:.3e}  {entry['bits_per_weight']:.3f} bits"
         if self._bar is not None:
-            self._bar.update(self._task, description=name)
+            facts = f"loss {entry['error']:.2e}  {self._pace}{_memory()}"
+            self._bar.update(self._task, description=name, facts=facts)
         if self.level >= 1:
             self.notice(line)
         if "damping" in entry:
@@ -54,20 +62,36 @@ class Reporter:
         """A block is finished; `done` of them in this run."""
         elapsed = time.perf_counter() - self._started
         left = elapsed / done * (self._total - done)
-        memory = resident_bytes() / 2**30
+        self._pace = f"{elapsed / done:.2f} s/block  ETA {_clock(left)}  "
         if self._bar is not None:
-            self._bar.update(self._task, completed=index + 1)
+            facts = f"loss {loss:.2e}  {self._pace}{_memory()}"
+            self._bar.update(self._task, completed=index + 1, facts=facts)
         else:
-            self.notice(
-                f"block {index + 1}/{blocks}  mean error {loss:.3e}  {elapsed / done:.2f} s/block  "
-                f"ETA {left:.0f} s  peak memory {memory:.2f} GiB"
-            )
+            self.notice(f"block {index + 1}/{blocks}  mean error {loss:.3e}  {self._pace}{_memory()}")
 
     def end(self) -> None:
         """The walk is over, or was broken off."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _clock(seconds: float) -> str:
+    """Such as 45 s, 12:30 or 3:05:00."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _memory() -> str:
+    """What is resident now and was at most, here and on a GPU."""
+    text = f"memory {current_bytes() / 2**30:.2f} GiB  peak memory {resident_bytes() / 2**30:.2f} GiB"
+    if not torch.cuda.is_initialized():
+        return text
+    now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    return f"{text}  GPU {now / 2**30:.2f} GiB  peak {peak / 2**30:.2f} GiB"
 
 
 def _damping(event: dict[str, Any]) -> str:

@@ -18,6 +18,8 @@ from torch import nn
 
 from trifold.compress.capture import Call
 from trifold.compress.memory import free_bytes
+from trifold.compress.processes import ALONE, Processes
+from trifold.compress.scratch import Release, keep
 from trifold.core.method import Statistics
 from trifold.core.observe import Enough, Memory, remembered, watch
 from trifold.core.statistics import Observation
@@ -32,7 +34,8 @@ class BlockRunner:
     stages: names of linears that share an input, in order of execution; the first leads. waves: stages that do
     not depend on each other, such as the first linears of all experts, so that one pass can observe them all.
     bypassed: linears whose parent ran without calling them (it reads their weight itself), so that they have to
-    stay dense.
+    stay dense. memory: bytes of remembered tensors. release: told of each batch's hidden states after their use.
+    processes: with which others batches are shared.
     """
 
     def __init__(
@@ -42,8 +45,12 @@ class BlockRunner:
         calls: Sequence[Call],
         hidden: list[torch.Tensor],
         memory: int | None = None,
+        release: Release = keep,
+        processes: Processes = ALONE,
     ) -> None:
         self.block, self.linears, self.calls, self.hidden = block, dict(linears), calls, hidden
+        self.release, self._memory = release, memory
+        self.device = next((p.device for p in block.parameters()), hidden[0].device)
         self._final: set[str] = set()
         self._outputs = [Memory() for _ in hidden]
         self._inputs = [Memory() for _ in hidden]
@@ -51,8 +58,13 @@ class BlockRunner:
         self._held = 0
         self._plainly = False  # run everything each time: what a linear sees cannot be told from one forward
         self._endings: dict[str, tuple[str, Any]] = {}
-        self.waves = self._probe()
+        self.processes = processes
+        self.waves = self._agreed(self._probe())
         self.stages = [stage for wave in self.waves for stage in wave]
+
+    def anew(self, linears: Mapping[str, nn.Module]) -> BlockRunner:
+        """For the same block and hidden states, after the block was changed or for some of its linears."""
+        return BlockRunner(self.block, linears, self.calls, self.hidden, self._memory, self.release, self.processes)
 
     @torch.no_grad()
     def _probe(self) -> list[list[list[str]]]:
@@ -89,7 +101,7 @@ class BlockRunner:
                 if not name or any(n == name or n.startswith(name + ".") for n in self.linears):
                     stack.callback(module.register_forward_hook(returned(name)).remove)
             with watch(self.linears, see):
-                self.calls[0].run(self.block, self.hidden[0])
+                self.calls[0].run(self.block, self.states(0))
         self._endings = {name: (linear, _like(output)) for name, (linear, output) in self._endings.items()}
         unseen = [name for name in self.linears if not any(name in names for names in stages.values())]
         self.bypassed = [name for name in unseen if name.rpartition(".")[0] in ran]
@@ -104,6 +116,19 @@ class BlockRunner:
             self._plainly |= self._place(name) not in waves  # a sibling shows when it runs
             waves.setdefault(self._place(name), []).append([name])
         return list(waves.values())
+
+    def _agreed(self, waves: list[list[list[str]]]) -> list[list[list[str]]]:
+        """The waves that the first process found, on its text."""
+        if self.processes.size == 1:
+            return waves
+        found, bypassed = self.processes.same((waves, self.bypassed))
+        self._plainly |= found != waves or bypassed != self.bypassed
+        for name in self.bypassed:
+            self.linears[name] = self.block.get_submodule(name)
+        self.bypassed = bypassed
+        for name in bypassed:
+            del self.linears[name]
+        return found
 
     def _place(self, name: str) -> str:
         """The name without the number of a sibling: modules of a list, such as experts, run side by side."""
@@ -125,6 +150,10 @@ class BlockRunner:
             if inside and self._final.issuperset(inside):
                 settled[name] = module
         return settled
+
+    def states(self, batch: int) -> torch.Tensor:
+        """The hidden states of a batch, where the block is."""
+        return self.hidden[batch].to(self.device)
 
     @contextmanager
     def _shortcuts(self, batch: int) -> Iterator[None]:
@@ -168,7 +197,7 @@ class BlockRunner:
 
         watching = watch({name: self.linears[name] for name in names}, see)
         with self._shortcuts(batch), suppress(Enough), watching:
-            self.calls[batch].run(self.block, self.hidden[batch])
+            self.calls[batch].run(self.block, self.states(batch))
         return seen
 
     def observe(self, statistics: Mapping[str, Statistics], dense: BlockRunner | None = None) -> None:
@@ -187,6 +216,10 @@ class BlockRunner:
                     observation = Observation(x, x_dense)
                     for statistic in accumulators:
                         statistic.update(observation)
+            for runner in filter(None, (self, dense)):
+                runner.release(runner.hidden[batch])
+        for accumulators in statistics.values():
+            self.processes.reduce(accumulators)
 
     def finish(self, names: Iterable[str]) -> None:
         """The weights of these linears will not change any more."""
@@ -206,10 +239,10 @@ class BlockRunner:
         The first batch, a small one, is also run without what was remembered; should a block be so made that
         the two differ, nothing remembered is used.
         """
-        plain = self.calls[0].run(self.block, self.hidden[0])
+        plain = self.calls[0].run(self.block, self.states(0))
         for batch, call in enumerate(self.calls):
             with self._shortcuts(batch):
-                after = call.run(self.block, self.hidden[batch])
+                after = call.run(self.block, self.states(batch))
             self._plainly |= not batch and not torch.equal(after, plain)
             self._replace(batch, after if batch else plain)
             self._outputs[batch], self._inputs[batch] = Memory(), Memory()
@@ -220,6 +253,7 @@ class BlockRunner:
         held = self.hidden[batch]
         if held.shape == after.shape and held.dtype == after.dtype:
             held.copy_(after)
+            self.release(held)
         else:
             self.hidden[batch] = after
 
@@ -235,9 +269,9 @@ class BlockRunner:
 
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            for call, hidden in list(zip(self.calls, self.hidden, strict=True))[:batches]:
+            for batch, call in enumerate(self.calls[:batches]):
                 with suppress(Enough):
-                    call.run(self.block, hidden)
+                    call.run(self.block, self.states(batch))
         finally:
             handle.remove()
         return found

@@ -54,7 +54,7 @@ def survey(walk: Walk) -> dict[str, Any]:
     job, source = walk.job, walk.job.source
     methods = [entry for entry in job.plan.rewrites if entry[1].cuts]
     found: dict[str, list[Any]] = {step: [] for step, _, _ in methods}
-    hidden, calls = [h.clone() for h in walk.starts()], [own_state(c) for c in walk.calls]
+    hidden, calls = walk.beside(walk.starts()), [own_state(c) for c in walk.calls]
     uncut: dict[str, list[str]] = {}
     for index in range(source.block_count if methods else 0):
         prefix = f"{source.blocks}.{index}."
@@ -63,8 +63,8 @@ def survey(walk: Walk) -> dict[str, Any]:
         if any(c[index].skipped for c in calls):
             wanted = set()
         targets = {name: module for name, module in linears(block).items() if name in wanted}
-        runner = BlockRunner(block, targets, [c[index] for c in calls], hidden)
-        compressor = BlockCompressor(block, prefix, job.plan, runner, job.observed, job.report.layer)
+        runner = BlockRunner(block, targets, [c[index] for c in calls], hidden, walk.room.remembered, walk.release)
+        compressor = BlockCompressor(block, prefix, job.plan, runner, job.observed, job.report.layer, walk.room)
         dimensions, why = (
             _possible(block, job.topology.dimensions, runner, source.dtype) if wanted else (Dimensions(), [])
         )
@@ -86,6 +86,7 @@ def survey(walk: Walk) -> dict[str, Any]:
             found[step].append(method.survey(context, 1 - alike / tokens))
         hidden[0].copy_(after)
         source.close_block(index)
+    walk.forget(hidden)
     for reason, blocks in uncut.items():
         which = "" if len(blocks) == source.block_count else f" (blocks {', '.join(blocks)})"
         job.report.notice(reason + which)

@@ -57,6 +57,18 @@ class Source(ABC):
     def close_outside(self) -> None:
         """Give the memory of everything outside the blocks back."""
 
+    def close_ends(self) -> bool:
+        """Give the memory of embeddings and head back while blocks are walked. Returns whether it could."""
+        return False
+
+    def open_ends(self) -> None:
+        """Read embeddings and head again, after `close_ends`."""
+        return
+
+    def prefetch(self, index: int) -> None:
+        """Let the system read a block ahead, if there is one of this number and it lies on a disk."""
+        return
+
     @abstractmethod
     def check_finite(self) -> None:
         """Raise CheckpointError naming the first tensor that holds NaN or infinity."""

@@ -1,11 +1,12 @@
-"""Writing safetensors tensor by tensor, so that no copy of a file is ever in memory."""
+"""Writing and reading safetensors piece by piece, so that no copy of a file is ever in memory."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,48 @@ def stored(path: Path) -> dict[str, Entry]:
 
     with safe_open(path, framework="pt") as handle:
         return {name: entry(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+
+
+def _places(path: Path) -> dict[str, tuple[torch.dtype, int, int]]:
+    """Name -> dtype, and where the bytes of the tensor begin and end in the file."""
+    with open(path, "rb") as file:
+        start = 8 + (length := int.from_bytes(file.read(8), "little"))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: (_DTYPES[entry["dtype"]], *(start + offset for offset in entry["data_offsets"]))
+        for name, entry in header.items()
+        if entry["dtype"] in _DTYPES
+    }
+
+
+def read_parts(path: Path, names: Iterable[str], size: int = 2**24) -> Iterator[tuple[str, torch.Tensor]]:
+    """The elements of these tensors in flat parts of `size` bytes at most, valid until the next one is asked for.
+
+    Mapped files stay in memory as long as they are open; this reads into one buffer. Raises OSError.
+    """
+    places, buffer = _places(path), bytearray(size)
+    with open(path, "rb", buffering=0) as file:
+        for name in names:
+            dtype, start, end = places[name]
+            file.seek(start)
+            while start < end:
+                read = file.readinto(memoryview(buffer)[: min(size, end - start)])
+                if not read or read % dtype.itemsize:
+                    raise OSError(errno.EIO, f"{name} ends too early", str(path))
+                yield name, torch.frombuffer(buffer, dtype=dtype, count=read // dtype.itemsize)
+                start += read
+
+
+def read_ahead(path: Path, names: Iterable[str]) -> None:
+    """Let the system read these tensors into its cache while something else is done."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    places = _places(path)
+    with open(path, "rb") as file:
+        for name in names:
+            _, start, end = places[name]
+            os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
 
 def write_tensors(path: Path, entries: Mapping[str, Entry]) -> None:

@@ -132,16 +132,19 @@ def windows_from_samples(
         return windows_from_documents(texts, tokenizer, seqlen, limit, source=source, vocab_size=vocab_size)
 
     windows: list[Tensor] = []
-    dropped = 0
+    dropped = cut = 0
     for index, sample in enumerate(everything):
         for row in _rows(sample, f"{source}[{index}]"):
             if len(row) < 2:
                 dropped += 1
             elif limit is None or len(windows) < limit:
                 windows.append(row[:seqlen].clone())
+                cut += len(row) > seqlen
         if limit is not None and len(windows) >= limit:
             break
     notices = [f"{source}: {dropped} sample(s) with fewer than 2 tokens dropped"] if dropped else []
+    if 2 * cut > len(windows):
+        notices.append(f"{source}: {cut} of {len(windows)} samples are cut to {seqlen} tokens")
     if not windows:
         raise CalibrationError(f"{source}: no sample has 2 tokens or more ({dropped} dropped); give longer ones")
     bos = "as in the samples; nothing added"

@@ -64,8 +64,8 @@ def tune_block(
 
     def loss(batch: int, weights: Weights) -> torch.Tensor:
         block = Substituted(compressor.module, runner.linears, weights)
-        found = runner.calls[batch].run(block, runner.hidden[batch]).float()
-        target = targets[batch].float()
+        found = runner.calls[batch].run(block, runner.states(batch)).float()
+        target = targets[batch].to(found.device).float()
         return (found - target).square().sum() / target.square().sum().clamp(min=1e-30)
 
     learn, judge = divide(len(runner.hidden))

@@ -216,6 +216,12 @@ class LayerMethod(Method, ABC):
     def solve(self, problem: LayerProblem) -> LayerSolution:
         """Pure: same problem, same solution."""
 
+    def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """About how many bytes `solve` needs for weights (out, in) that share an input, beside these and their
+        statistics; by default as if it held some copies of the largest in float32, and factorised the Gram."""
+        factors = 12 * shapes[0][1] ** 2 if Gram in self.gathers else 0
+        return factors + 6 * 4 * max(out * width for out, width in shapes)
+
     def sketch(self, shape: tuple[int, int], scheme: Scheme | None) -> Canonical:
         """A solution for a weight (out, in) on the meta device, which tells its size before there is one.
 

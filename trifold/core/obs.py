@@ -18,6 +18,7 @@ Decision = Callable[[int, torch.Tensor], torch.Tensor]
 
 DAMPING_GROWTH = 10.0
 DAMPING_TRIES = 6
+_ROWS = 256  # of a matrix that are converted at once
 
 
 class NotFiniteError(ValueError):
@@ -86,10 +87,19 @@ def inverse_cholesky(
         if info == 0:
             inverse = invert_lower_(lower)
             if _finite(inverse):
-                return inverse.to(dtype).flip(0, 1), Damping(tried, attempt + 1, dead)
+                return _reversed(inverse, dtype), Damping(tried, attempt + 1, dead)
     diagonal = damped(gram, ratio).diagonal()[order]
     factor = torch.diag(diagonal.clamp(min=torch.finfo(torch.float64).tiny).rsqrt()).to(dtype)
     return factor, Damping(ratio, DAMPING_TRIES, dead, diagonal=True)
+
+
+def _reversed(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy (n, n) of `dtype` with the order of rows and columns reversed, row by row in memory."""
+    found = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    for start in range(0, len(matrix), _ROWS):
+        stop = min(start + _ROWS, len(matrix))
+        found[len(matrix) - stop : len(matrix) - start] = matrix[start:stop].flip(0, 1)
+    return found
 
 
 def invert_lower_(lower: torch.Tensor, block: int = 256) -> torch.Tensor:
@@ -111,14 +121,23 @@ def invert_lower_(lower: torch.Tensor, block: int = 256) -> torch.Tensor:
 def scaled(gram: torch.Tensor, ratio: float, dtype: torch.dtype) -> torch.Tensor:
     """`damped` H over the mean of its diagonal, (in, in) of `dtype`."""
     values = _damped_diagonal(gram, ratio)
-    h = torch.div(gram, values.mean(), out=torch.empty_like(gram, dtype=dtype))
+    h = _divided(gram, values.mean(), dtype)
     h.diagonal().copy_(values / values.mean())
     return h
 
 
 def _finite(matrix: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite, without a matrix of answers."""
+    matrix = matrix if matrix.is_contiguous() else matrix.T  # which aminmax would make a copy of
     return all(bool(torch.isfinite(extreme)) for extreme in matrix.aminmax())
+
+
+def _divided(matrix: torch.Tensor, divisor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """matrix / divisor, rounded to `dtype`, without a whole quotient of matrix's own."""
+    found = torch.empty_like(matrix, dtype=dtype)
+    for rows, result in zip(matrix.split(_ROWS), found.split(_ROWS), strict=True):
+        result.copy_(rows / divisor)
+    return found
 
 
 def sweep(
@@ -164,7 +183,7 @@ def _fix(start: int, current: torch.Tensor, errors: torch.Tensor, factor: torch.
 def quadratic_loss(difference: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """tr(D H Dᵀ), a float64 scalar. difference: (out, in), whose dtype the products have; gram: (in, in)."""
     size = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    product = difference @ torch.div(gram, size, out=torch.empty_like(gram, dtype=difference.dtype))
+    product = difference @ _divided(gram, size, difference.dtype)
     return (product * difference).sum(dtype=torch.float64) * size
 
 

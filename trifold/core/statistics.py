@@ -8,8 +8,9 @@ matter beyond the last bits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 
@@ -38,6 +39,11 @@ class Statistic(ABC):
         self.device = torch.device(device)
         self.tokens = 0
 
+    @classmethod
+    def nbytes(cls, in_features: int) -> int:
+        """About what it holds of an input of this width; by default a few numbers for each feature."""
+        return 8 * in_features
+
     @abstractmethod
     def update(self, observation: Observation) -> None:
         """Add a batch."""
@@ -53,6 +59,17 @@ class Statistic(ABC):
         self._absorb(other)
         self.tokens += other.tokens
 
+    shared: ClassVar[Mapping[str, Literal["sum", "max", "rows"]]] = {"total": "sum"}
+    """Attributes that processes put together, and how."""
+
+    def merged(self, how: Literal["sum", "max", "rows"]) -> list[tuple[str, torch.Tensor]]:
+        """Those that are put together so, with their values."""
+        return [(name, getattr(self, name)) for name, way in self.shared.items() if way == how]
+
+    def settle(self) -> None:
+        """Called when they have been put together."""
+        return
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_features})"
 
@@ -66,9 +83,15 @@ class Gram(Statistic):
     Only the upper triangle is summed up; `matrix` fills in the lower one.
     """
 
+    shared: ClassVar[Mapping[str, Literal["sum", "max", "rows"]]] = {"_sums": "sum"}
+
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
         self._sums = torch.zeros(in_features, in_features, dtype=torch.float64, device=self.device)
+
+    @classmethod
+    def nbytes(cls, in_features: int) -> int:
+        return 8 * in_features**2
 
     def update(self, observation: Observation) -> None:
         x = observation.x.float()
@@ -98,9 +121,15 @@ class Drift(Statistic):
 
     needs: ClassVar[frozenset[str]] = frozenset({"x", "x_dense"})
 
+    shared: ClassVar[Mapping[str, Literal["sum", "max", "rows"]]] = {"matrix": "sum"}
+
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
         self.matrix = torch.zeros(in_features, in_features, dtype=torch.float64, device=self.device)
+
+    @classmethod
+    def nbytes(cls, in_features: int) -> int:
+        return 8 * in_features**2
 
     def update(self, observation: Observation) -> None:
         if observation.x_dense is None:
@@ -156,6 +185,8 @@ class Mean(Statistic):
 class AbsMax(Statistic):
     """Largest |x| of each input feature (SmoothQuant's range)."""
 
+    shared: ClassVar[Mapping[str, Literal["sum", "max", "rows"]]] = {"value": "max"}
+
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
         self.value = torch.zeros(in_features, dtype=torch.float32, device=self.device)
@@ -174,15 +205,24 @@ class Sample(Statistic):
 
     LIMIT: ClassVar[int] = 512
 
+    shared: ClassVar[Mapping[str, Literal["sum", "max", "rows"]]] = {"rows": "rows"}
+
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
         self.rows = torch.empty(0, in_features, dtype=torch.float32, device=self.device)
         self._stride = 1
 
+    @classmethod
+    def nbytes(cls, in_features: int) -> int:
+        return 4 * cls.LIMIT * in_features
+
     def update(self, observation: Observation) -> None:
         x, first = observation.x, -self.tokens % self._stride
         self.rows = torch.cat([self.rows, x[first :: self._stride].float()])
         self.tokens += x.shape[0]
+        self._thin()
+
+    def settle(self) -> None:
         self._thin()
 
     def _thin(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -22,7 +23,7 @@ from trifold.core.ranges import Ranges, fit_ranges, to_stored
 from trifold.core.refine import refine
 from trifold.core.rounding import quantized
 from trifold.core.scheme import Scheme
-from trifold.core.statistics import Gram, Statistic
+from trifold.core.statistics import Drift, Gram, Statistic
 
 _ELEMENTS_AT_ONCE = 2**22
 
@@ -59,6 +60,13 @@ class GPTQ(LayerMethod):
             raise RecipeError(f"{chosen}: at least 1, 0 and 1 are needed")
         if not 0 < self.norm < math.inf:
             raise RecipeError(f"norm={self.norm}: must be above 0; 2.4 and 4 are usual")
+
+    def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
+        width, rows = shapes[0][1], sum(out for out, _ in shapes)
+        factorising = (8 + 4) * width**2
+        at_once = min(rows * width, _ELEMENTS_AT_ONCE)
+        sweeping = (4 + 4 * bool(self.refine)) * width**2 + 4 * (rows * width + 16 * at_once)
+        return max(factorising, sweeping) + (16 * width**2 if Drift in self.gathers else 0)
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
         assert problem.gram is not None
