@@ -188,7 +188,9 @@ def test_damaged_tensors_are_refused_before_compiled_code_sees_them():
 def test_the_choice_of_the_op(kind):
     pattern, values, name = KINDS[kind]
     choice = explain(layer(sparse_weight((65, 136), pattern, values)).spec, torch.bfloat16, "cpu")
-    if name == "group_sparse_int":
+    if "scales8" in kind:
+        assert choice.rejected[f"sparse.groups_{BEST}"] == "takes scales of one level, not scale_bits=8"
+    elif name == "group_sparse_int":
         assert choice.op == f"sparse.groups_{BEST}"
     elif values == "bfloat16" or values == Scheme(4, 32):
         assert choice.op == f"sparse.bitmap_{BEST}"

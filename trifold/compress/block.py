@@ -331,7 +331,8 @@ class BlockCompressor:
 
     def _needs(self, names: Iterable[str]) -> set[type[Statistic]]:
         """What the methods of these layers, and static scales of their inputs, want to know."""
-        plans = [self.layer_plan(name) for name in names]
+        known = (self.plan.layers.get(self.prefix + name) for name in names)
+        plans = [plan for plan in known if plan is not None]  # what is cut alone has none
         static = {AbsMax} if any(plan.input is not None and plan.input.static for plan in plans) else set()
         return static | {kind for plan in plans for kind in plan.method.gathers}
 
@@ -423,10 +424,11 @@ class BlockCompressor:
             if rounds_input(describe(canonical)):
                 self._round_input(module, canonical)
         self.done.add(self.prefix + name, canonical, new_bias)
+        dense = self.weights.pop(name)
         if any(self.prefix + name in tuned for _, _, tuned in self.plan.tuners):
-            self.canonical[name] = canonical
+            self.canonical[name], self.weights[name] = canonical, dense
         entry = {
-            "error": relative_error(self.weights.pop(name).float(), weight, seen.gram),
+            "error": relative_error(dense.float(), weight, seen.gram),
             "error_of": "output" if seen.gram is not None else "weight",
             "bits_per_weight": bits_per_weight(self.done.modules[self.prefix + name]),
             "seconds": round(seconds, 4),
