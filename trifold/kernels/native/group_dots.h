@@ -45,6 +45,9 @@ INLINE void widen(const sparse *w, int64_t first, int64_t count, int32_t step, f
 {
     for (int64_t i = 0; i < count; i += 16) { /* tensors are longer by as many */
         __m512i bits, number;
+        _mm_prefetch((const uint8_t *)w->scale + (first + i + AFTER) * (w->wide ? 4 : 2), _MM_HINT_T0);
+        if (i % 32 == 0) _mm_prefetch((const uint8_t *)w->number + (first + i + AFTER) * (w->far ? 2 : 1), _MM_HINT_T0);
+        if (i % 64 == 0 && w->zero) _mm_prefetch(w->zero + first + i + AFTER, _MM_HINT_T0);
         if (w->wide) bits = _mm512_loadu_si512((const float *)w->scale + first + i);
         else
             bits = _mm512_slli_epi32(
@@ -197,7 +200,10 @@ static void JOIN(product_, WIDTH)(const sparse *w, const tables *t, const reques
     (void)zeros, (void)single;
     for (int64_t token = 0; token < p->tokens;) {
         const int tokens = together(p->tokens - token, p->most);
-#define WITH_(f, n, z, s) JOIN(dot_rows_, WIDTH)(w, t, p, begin, end, token, f, n, z, s)
+#define ROWS_(call)                                                                                                   \
+    for (int64_t i = 0, part = (end - begin + STREAMS - 1) / STREAMS; i < part; i++)                                  \
+        for (int64_t row = begin + i; row < end; row += part) call
+#define WITH_(f, n, z, s) ROWS_(JOIN(dot_rows_, WIDTH)(w, t, p, row, row + 1, token, f, n, z, s))
         if (floats && tokens == 4) WITH_(1, 4, 1, 0);
         else if (floats) WITH_(1, 1, 1, 0);
 #if defined(__AVX512BF16__)
@@ -209,6 +215,7 @@ static void JOIN(product_, WIDTH)(const sparse *w, const tables *t, const reques
         else WITH_(0, 1, 0, 0);
 #endif
 #undef WITH_
+#undef ROWS_
         token += tokens;
     }
 }

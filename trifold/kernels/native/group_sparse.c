@@ -13,6 +13,8 @@
 
 #define CODES (BITS > 4 ? 4 : BITS) /* bits of the low nibble */
 #define TERMS (BITS > 4 ? 2 : 1)    /* numbers that add up to a code */
+#define STREAMS 2 /* runs of rows that take turns: one run of addresses does not fill the memory's queues */
+#define AFTER 256 /* groups whose scales and numbers are asked for before they are needed */
 #define SOME 64                     /* groups whose scales are widened at once, a multiple of 16 */
 
 int ready(void) { return 1; }
