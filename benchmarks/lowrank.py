@@ -19,17 +19,22 @@ from common import RESULTS, add_text_arguments, machine, markdown, save
 from quality import score_of
 from sparsity import cell, rise, rounded
 
+from trifold.lowrank.modegpt import PUBLISHED
+
 EXACT = {"multiple_of": 1}  # ranks that use the whole share
 METHODS: dict[str, dict[str, Any]] = {
     "SVD": {"method": "svd", "options": EXACT},
     "ASVD": {"method": "asvd", "options": EXACT},
     "SVD-LLM": {"method": "svd_llm", "options": EXACT},
+    "MoDeGPT, as published": {"method": "modegpt", "options": PUBLISHED, "dtype": "bfloat16"},
+    "MoDeGPT, ours": {"method": "modegpt", "dtype": "bfloat16"},
     "regression": {"method": "reduced_rank", "options": {"pivot": False, **EXACT}},
     "regression, pivot rows": {"method": "reduced_rank", "options": EXACT},
     "ours, all layers equally sensitive": {"method": "reduced_rank", "options": {"sensitive": False}, "shared": True},
     "ours: regression, pivot rows, shared budget": {"method": "reduced_rank", "shared": True},
 }
-"""Row -> step, to which the share that is kept is added: of each layer, or of all together if they share it."""
+"""Row -> step, to which the share that is kept is added: of each layer, or of all together if they share it. dtype: of what
+are ordinary weights."""
 
 KEEP = (0.8, 0.6)
 
@@ -165,7 +170,9 @@ def main() -> None:
         row = kept.setdefault(f"{share:.0%}", {})
         for name in METHODS:
             if name not in row:
-                row[name] = cell(args, f"{name} {share:.0%}", [step_of(name, share)])
+                row[name] = cell(
+                    args, f"{name} {share:.0%}", [step_of(name, share)], METHODS[name].get("dtype", "float32")
+                )
                 write()
     for name, (_, step) in SIZES.items():
         if name not in sizes:

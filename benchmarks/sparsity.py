@@ -48,14 +48,14 @@ SIZES: dict[str, dict[str, Any]] = {
 RECOVERY: list[dict[str, Any]] = [{"method": "bqpo"}, {"method": "e2e_oqp"}]
 
 
-def cell(args: argparse.Namespace, name: str, steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Compress, load, score."""
+def cell(args: argparse.Namespace, name: str, steps: list[dict[str, Any]], dtype: str = "float32") -> dict[str, Any]:
+    """Compress, load, score. dtype: of all that stays as it is."""
     import trifold
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         recipe = {"name": name, "steps": steps, "nsamples": args.nsamples, "seqlen": args.seqlen}
-        report = trifold.compress(args.model, recipe, args.calib, out, dtype="float32", verbosity=-1)
+        report = trifold.compress(args.model, recipe, args.calib, out, dtype=dtype, verbosity=-1)
         score = score_of(out, args)
     kept = ("bits_per_weight", "model_bits_per_weight", "mean_error", "seconds")
     print(f"{name}: loss {score['loss']:.4f}, {report['seconds']:.1f} s", flush=True)
