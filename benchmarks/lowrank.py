@@ -33,8 +33,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ours, all layers equally sensitive": {"method": "reduced_rank", "options": {"sensitive": False}, "shared": True},
     "ours: regression, pivot rows, shared budget": {"method": "reduced_rank", "shared": True},
 }
-"""Row -> step, to which the share that is kept is added: of each layer, or of all together if they share it. dtype: of what
-are ordinary weights."""
+"""Row -> step, to which the share that is kept is added: of each layer, or of all together if they share it.
+dtype: of what are ordinary weights."""
 
 KEEP = (0.8, 0.6)
 
