@@ -305,8 +305,8 @@ def test_compressed_tensors_config_prefers_names_to_patterns_to_classes():
         for bits, targets in ((2, ["Linear"]), (3, ["re:.*down_proj$"]), (4, ["a.down_proj"]))
     ]
     config = {"config_groups": {f"g{i}": group for i, group in enumerate(args)}, "quantization_status": "compressed"}
-    tensors = {f"{name}.weight_packed": "I32" for name in ("a.down_proj", "b.down_proj", "c.up_proj")}
-    found = ECOSYSTEMS["compressed-tensors"].read(config, {**tensors, "norm.weight": "F16"})
+    tensors = {f"{name}.weight_packed": torch.int32 for name in ("a.down_proj", "b.down_proj", "c.up_proj")}
+    found = ECOSYSTEMS["compressed-tensors"].read(config, {**tensors, "norm.weight": torch.float16})
     assert {name: settings["weights"]["num_bits"] for name, (_, settings) in found.items()} == {
         "a.down_proj": 4,
         "b.down_proj": 3,
@@ -320,13 +320,13 @@ def test_compressed_tensors_config_prefers_names_to_patterns_to_classes():
         ("compressed-tensors", {"transform_config": {"config_groups": {}}}, {}, "transform_config is not read"),
         ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, {}, "kv_cache_scheme is not read"),
         ("compressed-tensors", {"quantization_status": "frozen"}, {}, "'frozen'"),
-        ("compressed-tensors", {}, {"a.weight_packed": "U8"}, "packed floats"),
-        ("compressed-tensors", {"config_groups": {}}, {"a.weight_packed": "I32"}, "a: quantised, but no group"),
-        ("compressed-tensors", {"config_groups": {"W4A16": ["Linear"]}}, {"a.weight_packed": "I32"}, "W4A16"),
+        ("compressed-tensors", {}, {"a.weight_packed": torch.uint8}, "packed floats"),
+        ("compressed-tensors", {"config_groups": {}}, {"a.weight_packed": torch.int32}, "a: quantised, but no group"),
+        ("compressed-tensors", {"config_groups": {"W4A16": ["Linear"]}}, {"a.weight_packed": torch.int32}, "W4A16"),
         ("gptq", {"checkpoint_format": "marlin"}, {}, "layout 'marlin'"),
-        ("gptq", {"bits": 5}, {"a.qweight": "I32"}, "a: GPTQ with 5 bits"),
+        ("gptq", {"bits": 5}, {"a.qweight": torch.int32}, "a: GPTQ with 5 bits"),
         ("awq", {"version": "gemv"}, {}, "'gemv'"),
-        ("awq", {}, {"a.qweight": "I32"}, "without zero-points"),
+        ("awq", {}, {"a.qweight": torch.int32}, "without zero-points"),
     ],
 )
 def test_configs_that_are_not_read(method, config, tensors, reason):
@@ -336,7 +336,7 @@ def test_configs_that_are_not_read(method, config, tensors, reason):
 
 def test_overrides_of_gptqmodel():
     config = {"bits": 4, "group_size": 128, "dynamic": {"-:lm_head": {}, "+:.*\\.1\\.": {"bits": 8, "group_size": 32}}}
-    found = ECOSYSTEMS["gptq"].read(config, {"l.0.q.qweight": "I32", "l.1.q.qweight": "I32"})
+    found = ECOSYSTEMS["gptq"].read(config, {"l.0.q.qweight": torch.int32, "l.1.q.qweight": torch.int32})
     assert [settings["bits"] for _, settings in found.values()] == [4, 8]
 
 

@@ -108,7 +108,7 @@ class Awq(Ecosystem):
             "modules_to_not_convert": sorted(dense) or None,
         }
 
-    def read(self, config: Mapping[str, Any], tensors: Mapping[str, str]) -> dict[str, tuple[Codec, Settings]]:
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, torch.dtype]) -> dict[str, tuple[Codec, Settings]]:
         version, bits = str(config.get("version", "gemm")).lower(), config.get("bits", config.get("w_bit", _BITS))
         if version != "gemm" or bits != _BITS:
             raise InputError(f"AWQ of version {version!r} with {bits} bits is not read; known: gemm with 4")

@@ -77,8 +77,8 @@ class Ecosystem(ABC):
         """
 
     @abstractmethod
-    def read(self, config: Mapping[str, Any], tensors: Mapping[str, str]) -> dict[str, tuple[Codec, Settings]]:
-        """Codec and settings of each quantised layer. tensors: name -> dtype as safetensors calls it.
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, torch.dtype]) -> dict[str, tuple[Codec, Settings]]:
+        """Codec and settings of each quantised layer. tensors: name -> dtype, of the whole checkpoint.
 
         Raises InputError for what is not read.
         """

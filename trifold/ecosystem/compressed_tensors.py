@@ -8,15 +8,17 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
+
 from trifold.core.errors import InputError
 from trifold.ecosystem import float_quantized, int_quantized, pack_quantized  # noqa: F401 - register themselves
 from trifold.ecosystem.base import CODECS, Codec, Ecosystem, Settings
 
 VERSION = "0.20.0"  # whose layout is written
 _BY_TENSOR = {
-    ("weight_packed", "I32"): "pack-quantized",
-    ("weight", "I8"): "int-quantized",
-    ("weight", "F8_E4M3"): "float-quantized",
+    ("weight_packed", torch.int32): "pack-quantized",
+    ("weight", torch.int8): "int-quantized",
+    ("weight", torch.float8_e4m3fn): "float-quantized",
 }
 _UNREAD = ("kv_cache_scheme", "sparsity_config", "transform_config")
 
@@ -50,7 +52,7 @@ class CompressedTensors(Ecosystem):
             "version": VERSION,
         }
 
-    def read(self, config: Mapping[str, Any], tensors: Mapping[str, str]) -> dict[str, tuple[Codec, Settings]]:
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, torch.dtype]) -> dict[str, tuple[Codec, Settings]]:
         for key in _UNREAD:
             if config.get(key):
                 raise InputError(f"compressed-tensors with a {key} is not read")

@@ -135,7 +135,7 @@ class Gptq(Ecosystem):
                 )
         return {"quant_method": self.method, **settings, "desc_act": False, "lm_head": False}
 
-    def read(self, config: Mapping[str, Any], tensors: Mapping[str, str]) -> dict[str, tuple[Codec, Settings]]:
+    def read(self, config: Mapping[str, Any], tensors: Mapping[str, torch.dtype]) -> dict[str, tuple[Codec, Settings]]:
         stored = config.get("checkpoint_format") or config.get("format") or "gptq"
         if stored not in ("gptq", "gptq_v2"):
             raise InputError(f"the GPTQ layout {stored!r} is not read; known: gptq, gptq_v2")
