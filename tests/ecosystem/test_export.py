@@ -171,6 +171,24 @@ def test_a_bias_that_the_model_has_no_place_for(tmp_path, folds):
         trifold.load(tmp_path / "gptq")
 
 
+def test_a_config_without_dtype_and_experts_of_others(tmp_path, folds):
+    fold = folds(recipe(), dtype=torch.bfloat16)
+    trifold.export(fold, "gptq", tmp_path / "gptq")
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    assert config.pop("dtype") == "bfloat16"
+    (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
+    model = trifold.load(tmp_path / "gptq")
+    assert model.dtype == torch.bfloat16 and model.generation_config.eos_token_id == 1
+    assert trifold.load(tmp_path / "gptq", dtype="float32").dtype == torch.float32
+    trifold.export(tmp_path / "gptq", "dense", tmp_path / "dense")
+    assert {t.dtype for t in load_file(tmp_path / "dense" / "model.safetensors").values()} == {torch.bfloat16}
+    tensors = load_file(tmp_path / "gptq" / "model.safetensors")
+    renamed = {name.replace("mlp.up_proj", "mlp.experts.0.up_proj"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, tmp_path / "gptq" / "model.safetensors")
+    with pytest.raises(InputError, match=r"experts\.0\.up_proj: experts that another tool has quantised"):
+        trifold.load(tmp_path / "gptq")
+
+
 def test_the_commands_take_an_import(tmp_path, folds, text):
     fold = folds(recipe())
     code, stdout, _ = trifold_cli("export", fold, "--to", "awq", "-o", tmp_path / "awq", "--json", "-")
@@ -326,3 +344,44 @@ def test_transformers_with_compressed_tensors_gives_our_logits(tmp_path, folds):
     assert done.returncode == 0, done.stderr[-2000:]
     for name, fold in made.items():
         assert (torch.load(f"{name}/logits.pt") - logits(fold)).abs().max() < 1e-3, fold
+
+
+PEER_MAKES = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+for scheme in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+    oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"]))
+    with torch.no_grad():
+        logits = model(torch.arange(2, 42).reshape(2, 20)).logits
+    model.save_pretrained(scheme, save_compressed=True)
+    torch.save(logits, scheme + "/logits.pt")
+"""
+
+
+def has_llm_compressor():
+    run = [PEER, "-c", "from importlib.util import find_spec; assert find_spec('llmcompressor')"]
+    return bool(shutil.which(PEER or "-")) and subprocess.run(run, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not has_llm_compressor(), reason="TRIFOLD_PEER_PYTHON names no Python with llm-compressor")
+def test_checkpoints_of_llm_compressor_give_its_logits(tmp_path):
+    """Of W8A8 only closely: it divides the largest activation by 127.5, we by 127."""
+    save_model(tmp_path / "dense", "llama", **{**SIZES, "hidden_size": 128, "intermediate_size": 256})
+    bounds = {"W4A16": 1e-3, "W4A16_ASYM": 1e-3, "W8A16": 1e-3, "FP8_DYNAMIC": 1e-3, "W8A8": 0.1}
+    done = subprocess.run(
+        [PEER, "-c", PEER_MAKES, "dense", *bounds],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for scheme, bound in bounds.items():
+        expected, found = torch.load(tmp_path / scheme / "logits.pt"), logits(tmp_path / scheme)
+        error = (found - expected).abs().max() if bound < 0.1 else (found - expected).norm() / expected.norm()
+        assert error < bound, (scheme, error)
+        assert isinstance(trifold.load(tmp_path / scheme).get_submodule(LAYER), PackedLinear)

@@ -21,7 +21,7 @@ from trifold.compress.tensor_file import Entry, stored, write_tensors
 from trifold.core.errors import CheckpointError, InputError, ProofError, unknown_name
 from trifold.core.linears import is_linear, is_transposed
 from trifold.ecosystem import CODECS, ECOSYSTEMS, Codec, Settings, nearest
-from trifold.formats import Spec, layout
+from trifold.formats import Spec
 
 DENSE, MIXED = "dense", "compressed-tensors"
 _NOT_COPIED = ("config.json", "report.json", "quantize_config.json", "quant_config.json")
@@ -97,7 +97,7 @@ def _skeleton(source: PackedFolder, dtype: str | torch.dtype, trust_remote_code:
     except Exception as error:  # validators of every kind
         raise CheckpointError(f"{path}: {reason(error)}") from error
     del config.quantization_config
-    wanted = (config.dtype or torch.float32) if dtype == "auto" else float_dtype(dtype)
+    wanted = (config.dtype or source.stored_dtype) if dtype == "auto" else float_dtype(dtype)
     return meta_model(config, wanted, path, trust_remote_code)
 
 
@@ -179,7 +179,7 @@ def _write(source: PackedFolder, plan: _Plan, folder: Path, max_shard: int) -> i
 
     def units() -> Iterator[dict[str, Entry]]:
         nonlocal total
-        packed = {f"{name}.{leaf}" for name, spec in source.modules.items() for leaf in layout(spec)}
+        packed = source.packed_names()
         rest = {k: _cast(e, plan.dtype) for k, e in source.tensors.items() if k not in packed | plan.gone}
         for unit in ({name: entry} for name, entry in sorted(rest.items())):
             total += sum(entry.nbytes for entry in unit.values())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trifold.compress.checkpoint import QUANT_METHOD, check_version
-from trifold.compress.files import reason, shard_files
+from trifold.compress.files import DTYPES, reason, shard_files
 from trifold.compress.tensor_file import Entry, stored
 from trifold.core.canonical import Canonical
 from trifold.core.errors import CheckpointError, InputError
@@ -35,6 +35,13 @@ class PackedFolder:
     method: str
     modules: dict[str, Spec]
     tensors: dict[str, Entry]
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the tensors that are not packed, float32 if there are none of floats."""
+        packed = self.packed_names()
+        found = (entry.dtype for name, entry in self.tensors.items() if name not in packed)
+        return next((dtype for dtype in found if dtype in DTYPES.values()), torch.float32)
 
     def packed_names(self) -> set[str]:
         """Names of the tensors that belong to `modules`."""

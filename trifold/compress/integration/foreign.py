@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from trifold.compress.checkpoint import quantization_block
 from trifold.compress.integration.auto import auto_class
 from trifold.compress.packed_folder import open_packed
 from trifold.compress.tensor_file import Entry
+from trifold.core.errors import InputError
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class LazyTensor:
@@ -31,7 +35,9 @@ class LazyTensor:
         return self.entry.load()[index]
 
 
-def load_foreign(folder: Path, config: Any, **settings: Any) -> tuple[Any, Mapping[str, Any]]:
+def load_foreign(
+    folder: Path, config: Any, dtype: str | torch.dtype = "auto", **settings: Any
+) -> tuple[Any, Mapping[str, Any]]:
     """A model on packed modules, and transformers' report of loading. config: of the folder, which is changed.
 
     Tensors are converted one layer at a time. A bias of zeros, which some tools store for every layer, is left out
@@ -41,10 +47,17 @@ def load_foreign(folder: Path, config: Any, **settings: Any) -> tuple[Any, Mappi
     from transformers import GenerationConfig
 
     packed = open_packed(folder)
+    for name in packed.modules:
+        if _EXPERT.search(name):
+            raise InputError(f"{folder}: {name}: experts that another tool has quantised are not read yet")
+    if dtype == "auto":
+        dtype = config.dtype or packed.stored_dtype
     config.quantization_config = quantization_block({"base_model": folder.name, "modules": packed.modules})
     tensors = {name: LazyTensor(entry) for name, entry in packed.tensors.items()}
     kind = auto_class(config)._model_mapping[type(config)]
-    model, info = kind.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True, **settings)
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **settings
+    )
     model.name_or_path = model.config.name_or_path = str(folder)
     with contextlib.suppress(OSError):  # there is none
         model.generation_config = GenerationConfig.from_pretrained(folder)
