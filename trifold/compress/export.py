@@ -21,7 +21,9 @@ from trifold.compress.tensor_file import Entry, stored, write_tensors
 from trifold.core.errors import CheckpointError, InputError, ProofError, unknown_name
 from trifold.core.linears import is_linear, is_transposed
 from trifold.ecosystem import CODECS, ECOSYSTEMS, Codec, Settings, nearest
+from trifold.ecosystem.experts import PLAIN, ExpertNames, is_expert, names_of, parted
 from trifold.formats import Spec
+from trifold.kernels import PackedExperts, is_stacked, unstack
 
 DENSE, MIXED = "dense", "compressed-tensors"
 _NOT_COPIED = ("config.json", "report.json", "quantize_config.json", "quant_config.json")
@@ -77,7 +79,7 @@ def export(
 class _Plan:
     """config: of the output. encode: of each layer, its tensors by their whole names. layouts: how many layers are
     in which. dtype: of dense tensors, None to leave each its own. files: JSON beside config.json. gone: tensors left
-    out."""
+    out. names: of experts."""
 
     config: dict[str, Any]
     encode: Mapping[str, Callable[[], dict[str, torch.Tensor]]]
@@ -85,6 +87,7 @@ class _Plan:
     dtype: torch.dtype | None
     files: Mapping[str, Any]
     gone: frozenset[str]
+    names: ExpertNames
 
 
 def _skeleton(source: PackedFolder, dtype: str | torch.dtype, trust_remote_code: bool) -> Any:
@@ -102,12 +105,13 @@ def _skeleton(source: PackedFolder, dtype: str | torch.dtype, trust_remote_code:
 
 
 def _plan(source: PackedFolder, to: str, model: Any) -> _Plan:
+    known, names = set(model.state_dict()), names_of(source.config.get("model_type")) or PLAIN
+    _unstack(source, model)
     modules = dict(model.named_modules())
     for name in source.modules:
         if name not in modules:
-            raise InputError(f"{name}: experts of a mixture are not exported yet; the checkpoint runs as it is")
+            raise CheckpointError(f"{source.folder}: {name} is quantised, but the architecture has no such layer")
     ordered = [name for name in modules if name in source.modules]
-    known = set(model.state_dict())
     gone = frozenset(
         name
         for name, entry in source.tensors.items()
@@ -116,35 +120,61 @@ def _plan(source: PackedFolder, to: str, model: Any) -> _Plan:
     config = {**source.config, "dtype": str(model.dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
     if to == DENSE:
-        encode = {name: partial(_dense, source, name, modules[name], model.dtype) for name in ordered}
-        return _Plan(config, encode, {DENSE: len(encode)}, model.dtype, {}, gone)
-    layers = {name: _choose(source, name, to, modules[name], model.dtype) for name in ordered}
-    others = [name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in layers]
+        encode = {name: partial(_dense, source, name, names, modules[name], model.dtype) for name in ordered}
+        return _Plan(config, encode, {DENSE: len(encode)}, model.dtype, {}, gone, names)
+    layers = {name: _choose(source, name, names, to, modules[name], model.dtype) for name in ordered}
+    outward = {each: chosen for name, chosen in layers.items() for each in names.outward(name)}
+    others = {each: m for name, m in modules.items() if name not in layers for each in names.outward(name)}
+    dense = [name for name, module in others.items() if isinstance(module, nn.Linear)]
+    routers = [name for name, module in others.items() if _is_router(module)]
     ecosystem = ECOSYSTEMS[next(iter(layers.values()))[0].ecosystem]
-    block = ecosystem.write(layers, others)
+    block = ecosystem.write(outward, dense, routers)
     config["quantization_config"] = block
     layouts = [codec.name for codec, _ in layers.values()]
     return _Plan(
         config,
-        {name: partial(_encoded, source, name, *chosen, model.dtype) for name, chosen in layers.items()},
+        {name: partial(_encoded, source, name, names, *chosen, model.dtype) for name, chosen in layers.items()},
         {name: layouts.count(name) for name in sorted(set(layouts))},
         None,
         {"quantize_config.json": block} if ecosystem.method == "gptq" else {},
         gone,
+        names,
     )
 
 
-def _choose(source: PackedFolder, name: str, to: str, module: nn.Module, dtype: torch.dtype) -> tuple[Codec, Settings]:
+def _unstack(source: PackedFolder, model: Any) -> None:
+    """Take the experts of the skeleton apart. Raises InputError for those whose names elsewhere are not known."""
+    unstack(model, set(source.modules))
+    stacked = next((name for name, module in model.named_modules() if is_stacked(module)), None)
+    if stacked is not None:
+        raise InputError(f"{stacked}: experts that stay dense are not exported yet; the checkpoint runs as it is")
+    family = source.config.get("model_type")
+    expert = next(filter(is_expert, source.modules), None)
+    apart = any(isinstance(module, PackedExperts) for module in model.modules())
+    if apart and (expert is None or names_of(family) is None):
+        raise InputError(f"{source.folder}: experts of {family} are not exported yet; the checkpoint runs as it is")
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether it has a matrix of its own, which engines take for a linear layer, and is none of torch."""
+    own = module._parameters.get("weight")
+    return own is not None and own.ndim == 2 and not isinstance(module, nn.Embedding | nn.Linear)
+
+
+def _choose(
+    source: PackedFolder, name: str, names: ExpertNames, to: str, module: nn.Module, dtype: torch.dtype
+) -> tuple[Codec, Settings]:
     """Codec and settings of a layer. Raises InputError if it cannot be held, with what can."""
     if not is_linear(module) or is_transposed(module):
         kind = type(module).__name__
         raise InputError(f"{name}: {to} cannot hold it: {kind} is no linear layer of torch; --to {DENSE} can")
-    weight = source.weight(name, codes=False)
+    parts = parted(source.weight(name, codes=False), len(names.outward(name)))
     codec = CODECS.get(_layout(source.modules[name]) if to == MIXED else to)
-    why = codec.refusal(weight, dtype)
-    if why is not None:
-        raise InputError(f"{name}: {to} cannot hold it: {why}; --to {nearest(weight, dtype)} can")
-    return codec, codec.settings(weight)
+    for weight in parts:
+        why = codec.refusal(weight, dtype)
+        if why is not None:
+            raise InputError(f"{name}: {to} cannot hold it: {why}; --to {nearest(weight, dtype)} can")
+    return codec, codec.settings(parts[0])
 
 
 def _layout(spec: Spec) -> str:
@@ -155,18 +185,24 @@ def _layout(spec: Spec) -> str:
 
 
 def _encoded(
-    source: PackedFolder, name: str, codec: Codec, settings: Settings, dtype: torch.dtype
+    source: PackedFolder, name: str, names: ExpertNames, codec: Codec, settings: Settings, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    weight = source.weight(name)
-    tensors = codec.encode(weight, dtype)
-    if not torch.equal(codec.decode(tensors, settings).dequantize(), weight.dequantize()):
-        raise ProofError(f"{name}: what {codec.name} reads back is another weight")
-    return {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
+    found, outward = {}, names.outward(name)
+    for each, weight in zip(outward, parted(source.weight(name), len(outward)), strict=True):
+        tensors = codec.encode(weight, dtype)
+        if not torch.equal(codec.decode(tensors, settings).dequantize(), weight.dequantize()):
+            raise ProofError(f"{each}: what {codec.name} reads back is another weight")
+        found.update({f"{each}.{leaf}": tensor for leaf, tensor in tensors.items()})
+    return found
 
 
-def _dense(source: PackedFolder, name: str, module: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    weight = source.weight(name).dequantize()
-    return {f"{name}.weight": (weight.T if is_transposed(module) else weight).to(dtype).contiguous()}
+def _dense(
+    source: PackedFolder, name: str, names: ExpertNames, module: nn.Module, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    weight, outward = source.weight(name).dequantize(), names.outward(name)
+    weight = (weight.T if is_transposed(module) else weight).to(dtype)
+    parts = weight.chunk(len(outward))
+    return {f"{each}.weight": part.contiguous() for each, part in zip(outward, parts, strict=True)}
 
 
 def _write(source: PackedFolder, plan: _Plan, folder: Path, max_shard: int) -> int:
@@ -180,7 +216,8 @@ def _write(source: PackedFolder, plan: _Plan, folder: Path, max_shard: int) -> i
     def units() -> Iterator[dict[str, Entry]]:
         nonlocal total
         packed = source.packed_names()
-        rest = {k: _cast(e, plan.dtype) for k, e in source.tensors.items() if k not in packed | plan.gone}
+        kept = {k: e for k, e in source.tensors.items() if k not in packed | plan.gone}
+        rest = {plan.names.outward(name)[0]: _cast(entry, plan.dtype) for name, entry in kept.items()}
         for unit in ({name: entry} for name, entry in sorted(rest.items())):
             total += sum(entry.nbytes for entry in unit.values())
             yield unit

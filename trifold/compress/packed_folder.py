@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ from trifold.compress.tensor_file import Entry, stored
 from trifold.core.canonical import Canonical
 from trifold.core.errors import CheckpointError, InputError
 from trifold.ecosystem import ECOSYSTEMS, Codec, Settings
+from trifold.ecosystem.experts import PLAIN, is_expert, joined, names_of
 from trifold.formats import FORMATS, Spec, describe, layout, pack, unpack
 from trifold.formats.quantized import QuantizedFormat
 
@@ -94,7 +96,7 @@ def open_packed(folder: Path) -> PackedFolder:
         except KeyError as error:
             raise CheckpointError(f"{file}: holds tensors of dtype {error}, which is not read") from error
     if method in ECOSYSTEMS:
-        modules, tensors = _converted(folder, quantization, entries)
+        modules, tensors = _converted(folder, quantization, entries, config.get("model_type"))
         return PackedFolder(folder, config, method, modules, tensors)
     check_version(quantization.get("format_version"))
     modules = quantization["modules"]
@@ -113,7 +115,7 @@ def _check(folder: Path, name: str, spec: Spec, entries: Mapping[str, Entry]) ->
 
 
 def _converted(
-    folder: Path, quantization: Mapping[str, Any], entries: Mapping[str, Entry]
+    folder: Path, quantization: Mapping[str, Any], entries: Mapping[str, Entry], model_type: str | None
 ) -> tuple[dict[str, Spec], dict[str, Entry]]:
     """Specs and tensors of another ecosystem's files."""
     ecosystem = ECOSYSTEMS[quantization["quant_method"]]
@@ -123,21 +125,31 @@ def _converted(
             f"{folder}: config.json says {ecosystem.method}, but no layer is quantised; copy it again"
         )
     rest, modules, tensors = dict(entries), dict[str, Spec](), dict[str, Entry]()
+    members: dict[str, dict[int, str]] = defaultdict(dict)  # of our layer, theirs: more than one for an expert
     owned: dict[str, dict[str, Entry]] = {}
+    names = names_of(model_type) or PLAIN
     for name, (codec, settings) in layers.items():
         found = {leaf: rest.pop(f"{name}.{leaf}", None) for leaf in sorted(codec.leaves(settings))}
         owned[name] = {leaf: entry for leaf, entry in found.items() if entry is not None}
-        modules[name] = describe(_decode(name, codec, settings, owned[name], codes=False))
+        ours, place = names.inward(name)
+        members[ours][place] = name
+
+    def weight(name: str, codes: bool = True) -> Canonical:
+        parts = [part for _, part in sorted(members[name].items())]
+        return joined([_decode(part, *layers[part], owned[part], codes) for part in parts])
 
     @lru_cache(maxsize=1)  # a layer's tensors are asked for one after the other
     def converted(name: str) -> dict[str, torch.Tensor]:
-        return pack(_decode(name, *layers[name], owned[name]))
+        return pack(weight(name))
 
     def entry(name: str, leaf: str, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
         return Entry(tuple(shape), dtype, lambda: converted(name)[leaf])
 
-    for name, spec in modules.items():
-        tensors.update({f"{name}.{leaf}": entry(name, leaf, *of) for leaf, of in layout(spec).items()})
+    for name, parts in members.items():
+        if is_expert(name) and name.endswith(".up") and len(parts) < 2:
+            raise CheckpointError(f"{folder}: {parts.popitem()[1]} is quantised, but not its gate or up; quantise both")
+        modules[name] = describe(weight(name, codes=False))
+        tensors.update({f"{name}.{leaf}": entry(name, leaf, *of) for leaf, of in layout(modules[name]).items()})
     return modules, {**rest, **tensors}
 
 

@@ -92,7 +92,9 @@ def _deinterleave(words: torch.Tensor) -> torch.Tensor:
 class Awq(Ecosystem):
     method = "awq"
 
-    def write(self, layers: Mapping[str, tuple[Codec, Settings]], dense: Collection[str]) -> dict[str, Any]:
+    def write(
+        self, layers: Mapping[str, tuple[Codec, Settings]], dense: Collection[str], routers: Collection[str] = ()
+    ) -> dict[str, Any]:
         (first, (_, settings)), *rest = layers.items()
         for name, (_, other) in rest:
             if other != settings:
@@ -105,7 +107,7 @@ class Awq(Ecosystem):
             **settings,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": sorted(dense) or None,
+            "modules_to_not_convert": sorted([*dense, *routers]) or None,
         }
 
     def read(self, config: Mapping[str, Any], tensors: Mapping[str, torch.dtype]) -> dict[str, tuple[Codec, Settings]]:

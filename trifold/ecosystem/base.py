@@ -70,8 +70,10 @@ class Ecosystem(ABC):
     method: ClassVar[str]
 
     @abstractmethod
-    def write(self, layers: Mapping[str, tuple[Codec, Settings]], dense: Collection[str]) -> dict[str, Any]:
-        """What a loader has to read. dense: linear layers that stay so.
+    def write(
+        self, layers: Mapping[str, tuple[Codec, Settings]], dense: Collection[str], routers: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """What a loader has to read. dense: linear layers that stay so. routers: of mixtures, always dense.
 
         Raises InputError naming the first layer that cannot be with the others.
         """

@@ -28,7 +28,9 @@ class CompressedTensors(Ecosystem):
 
     method = "compressed-tensors"
 
-    def write(self, layers: Mapping[str, tuple[Codec, Settings]], dense: Collection[str]) -> dict[str, Any]:
+    def write(
+        self, layers: Mapping[str, tuple[Codec, Settings]], dense: Collection[str], routers: Collection[str] = ()
+    ) -> dict[str, Any]:
         """One scheme for all is that of the class `Linear`, without what stays dense; of several each names its
         layers, since loaders differ in which group they prefer."""
         members: dict[str, list[str]] = defaultdict(list)
@@ -44,7 +46,7 @@ class CompressedTensors(Ecosystem):
             "quantization_status": "compressed",
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "config_groups": groups,
-            "ignore": sorted(dense),
+            "ignore": sorted([*dense, *routers]),
             "kv_cache_scheme": None,
             "sparsity_config": {},
             "transform_config": {},

@@ -112,7 +112,9 @@ class GptqCodec(Codec):
 class Gptq(Ecosystem):
     method = "gptq"
 
-    def write(self, layers: Mapping[str, tuple[Codec, Settings]], dense: Collection[str]) -> dict[str, Any]:
+    def write(
+        self, layers: Mapping[str, tuple[Codec, Settings]], dense: Collection[str], routers: Collection[str] = ()
+    ) -> dict[str, Any]:
         """One setting for all layers of the decoder blocks, since its loaders know no other."""
         (first, (_, settings)), *rest = layers.items()
         for name, (_, other) in rest:

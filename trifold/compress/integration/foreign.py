@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,6 @@ from trifold.compress.checkpoint import quantization_block
 from trifold.compress.integration.auto import auto_class
 from trifold.compress.packed_folder import open_packed
 from trifold.compress.tensor_file import Entry
-from trifold.core.errors import InputError
-
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class LazyTensor:
@@ -47,9 +43,6 @@ def load_foreign(
     from transformers import GenerationConfig
 
     packed = open_packed(folder)
-    for name in packed.modules:
-        if _EXPERT.search(name):
-            raise InputError(f"{folder}: {name}: experts that another tool has quantised are not read yet")
     if dtype == "auto":
         dtype = config.dtype or packed.stored_dtype
     config.quantization_config = quantization_block({"base_model": folder.name, "modules": packed.modules})
