@@ -9,6 +9,7 @@ from trifold.core.inputs import InputScheme
 from trifold.core.scheme import SCALE_DTYPES, Scheme
 from trifold.ecosystem import CODECS, ECOSYSTEMS, nearest
 from trifold.ecosystem.act_order import grouped
+from trifold.ecosystem.experts import PLAIN, joined, names_of, parted
 from trifold.formats import describe, pack, unpack
 
 
@@ -378,3 +379,46 @@ def test_awq_config():
     assert found["zero_point"] is True and found["modules_to_not_convert"] == ["lm_head"]
     with pytest.raises(InputError, match=r"b: awq has one group size .* -1 differs from 32 of a"):
         ECOSYSTEMS["awq"].write(layers("awq", a=sample(), b=sample(group="channel")), [])
+
+
+@pytest.mark.parametrize("other", [{}, {"bits": 8}, {"group": 16}, {"symmetric": True}, {"group": "tensor"}], ids=str)
+def test_gate_and_up_become_one_weight_whatever_their_schemes(other):
+    gate, up = sample(seed=1), sample(rows=16, **{"seed": 2, **other})
+    found = joined([gate, up])
+    assert isinstance(found, Quantized if not other else Split)
+    assert torch.equal(found.dequantize(), torch.cat([gate.dequantize(), up.dequantize()]))
+    assert torch.equal(unpack(pack(found), describe(found)).dequantize(), found.dequantize())
+    assert joined([gate]) is gate
+
+
+def test_gate_and_up_with_rounded_activations():
+    scheme, static = InputScheme(), InputScheme(static=True)
+    halves = [sample(seed=seed, symmetric=True) for seed in (1, 2)]
+    found = joined([RoundedInput(half, scheme) for half in halves])
+    assert isinstance(found, RoundedInput) and isinstance(found.weight, Quantized) and found.shape == (64, 64)
+    scales = torch.tensor([0.1]), torch.tensor([0.2])
+    found = joined([RoundedInput(half, static, scale) for half, scale in zip(halves, scales, strict=True)])
+    assert isinstance(found, Split) and [float(part.scale) for part in found.parts] == [
+        pytest.approx(0.1),
+        pytest.approx(0.2),
+    ]
+
+
+@pytest.mark.parametrize("case", [{}, {"group": "tensor"}, {"symmetric": True}, {"group": "channel"}], ids=str)
+def test_parts_of_rows(case):
+    weight = sample(**case)
+    parts = parted(weight, 2)
+    assert torch.equal(torch.cat([part.dequantize() for part in parts]), weight.dequantize())
+    rounded = parted(RoundedInput(weight, InputScheme()), 2)
+    assert [part.shape for part in rounded] == [(16, 64)] * 2
+
+
+def test_names_of_experts_go_both_ways():
+    for names in (PLAIN, names_of("mixtral")):
+        for leaf, count in (("up", 2), ("down", 1)):
+            ours = f"model.layers.1.mlp.experts.12.{leaf}"
+            outward = names.outward(ours)
+            assert [names.inward(each) for each in outward] == [(ours, place) for place in range(count)]
+        for plain in ("model.layers.1.mlp.shared_experts.up_proj", "model.layers.0.self_attn.q_proj", "lm_head"):
+            assert names.inward(names.outward(plain)[0]) == (plain, 0)
+    assert names_of("llama") is None and names_of(None) is None

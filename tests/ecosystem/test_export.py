@@ -307,6 +307,27 @@ def test_what_cannot_be_exported_or_written(tmp_path, folds, tiny):
         trifold.export(folds(recipe()), "awq", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda q: q.pop("modules"), "damaged entry in `modules`"),
+        (lambda q: q["modules"][LAYER].pop("bits"), "damaged entry in `modules`"),
+        (lambda q: q["modules"][LAYER].update(bits=3), f"{LAYER}.weight is not as its entry says"),
+        (lambda q: q["modules"][LAYER].update(format="float"), f"{LAYER} is stored as 'float'"),
+        (lambda q: q.update(format_version="2.0"), "checkpoint format 2.0 is newer"),
+        (lambda q: q.update(quant_method="hqq"), "quantisation: hqq; known: trifold"),
+    ],
+)
+def test_a_damaged_checkpoint_of_ours_is_not_exported(tmp_path, folds, change, reason):
+    copy = shutil.copytree(folds(recipe()), tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    change(config["quantization_config"])
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=reason):
+        trifold.export(copy, "awq", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_that_breaks_off_leaves_nothing(tmp_path, folds, monkeypatch):
     def fail(*_args, **_options):
         raise KeyboardInterrupt

@@ -99,9 +99,12 @@ def open_packed(folder: Path) -> PackedFolder:
         modules, tensors = _converted(folder, quantization, entries, config.get("model_type"))
         return PackedFolder(folder, config, method, modules, tensors)
     check_version(quantization.get("format_version"))
-    modules = quantization["modules"]
-    for name, spec in modules.items():
-        _check(folder, name, spec, entries)
+    try:
+        modules = dict(quantization["modules"])
+        for name, spec in modules.items():
+            _check(folder, name, spec, entries)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}/config.json: damaged entry in `modules` ({error!r}); copy it again") from error
     return PackedFolder(folder, config, method, modules, entries)
 
 
