@@ -98,7 +98,7 @@ def test_more_bits_are_never_worse(name):
 
 
 def test_the_public_api():
-    assert set(trifold.__all__) == {"Recipe", "__version__", "compress", "evaluate", "evaluate_tasks", "load"}
+    assert set(trifold.__all__) == {"Recipe", "__version__", "compress", "evaluate", "evaluate_tasks", "export", "load"}
     assert all(hasattr(trifold, name) for name in trifold.__all__)
     with pytest.raises(AttributeError, match="no attribute 'quantize'"):
         _ = trifold.quantize

@@ -13,14 +13,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import trifold.compress.integration.quantizer  # noqa: F401 - registers the format
-from trifold.api import compress, evaluate, evaluate_tasks, load  # `compress` is the function here, over the subpackage
+from trifold.api import compress, evaluate, evaluate_tasks, export, load  # the function `compress` hides the subpackage
 from trifold.core.version import VERSION
 
 if TYPE_CHECKING:
     from trifold.compress.recipe import Recipe
 
 __version__ = VERSION
-__all__ = ["Recipe", "__version__", "compress", "evaluate", "evaluate_tasks", "load"]
+__all__ = ["Recipe", "__version__", "compress", "evaluate", "evaluate_tasks", "export", "load"]
 
 
 def __getattr__(name: str) -> Any:

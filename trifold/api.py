@@ -57,6 +57,27 @@ def compress(
     return report if result is None else result
 
 
+def export(
+    model: str | os.PathLike[str],
+    to: str,
+    output: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: str | int = "5GB",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Write a compressed checkpoint as another engine loads it, without changing a code.
+
+    model: a folder or hub id, of Trifold, compressed-tensors, GPTQ or AWQ. to: "compressed-tensors",
+    "pack-quantized", "int-quantized", "float-quantized", "gptq", "gptq_v2", "awq" or "dense". output: a folder that
+    must not exist yet. dtype: with "dense", of the weights. Returns the report. Raises InputError, before anything is
+    written, for a layer that the format cannot hold exactly.
+    """
+    from trifold.compress.export import export as write
+
+    return write(model, to, output, dtype=dtype, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code)
+
+
 def evaluate(
     model: Any,
     text: str | os.PathLike[str] | Iterable[Any],
@@ -152,4 +173,4 @@ def _own_tokenizer(model: Any, trust: dict[str, Any]) -> Any:
     return None
 
 
-__all__ = ["compress", "evaluate", "evaluate_tasks", "load", "load_tokenizer"]
+__all__ = ["compress", "evaluate", "evaluate_tasks", "export", "load", "load_tokenizer"]

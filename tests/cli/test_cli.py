@@ -167,7 +167,7 @@ def test_inspect_without_report_has_no_errors(made, tmp_path):
     assert "[copy]" in trifold_cli("inspect", copy)[1]  # not taken for markup
 
 
-@pytest.mark.parametrize(("name", "fact"), [("dense", "the model is dense"), ("absent", "No such file")])
+@pytest.mark.parametrize(("name", "fact"), [("dense", "the model is dense"), ("absent", "no such model folder")])
 def test_inspect_of_something_else(tmp_path, tiny, name, fact):
     code, stdout, stderr = trifold_cli("inspect", {"dense": tiny(), "absent": tmp_path / "absent"}[name])
     assert (code, stdout) == (2, "") and stderr.startswith("error: ") and fact in stderr

@@ -21,17 +21,22 @@ if TYPE_CHECKING:
 @click.option("--trust-remote-code", is_flag=True, help="With --kernels: run code that comes with the model.")
 @json_option
 def inspect(checkpoint: Path, kernels: bool, device: str, trust_remote_code: bool, json_to: str | None) -> None:
-    """Show each layer of a compressed checkpoint: format, shape, bits, bytes, error; and totals."""
+    """Show each layer of a compressed checkpoint: format, shape, bits, bytes, error; and totals.
+
+    CHECKPOINT is a folder or hub id, of Trifold, compressed-tensors, GPTQ or AWQ.
+    """
+    from trifold.compress.files import model_folder
     from trifold.compress.summary import summarise
 
-    summary = summarise(checkpoint)
+    folder = model_folder(checkpoint)
+    summary = summarise(folder)
     if not kernels:
         emit(summary, json_to, None if json_to == "-" else _table(checkpoint, summary))
         return
     from trifold.compress.files import usable_device
     from trifold.compress.integration.choices import kernel_choices
 
-    choices = kernel_choices(checkpoint, usable_device(device), trust_remote_code=trust_remote_code)
+    choices = kernel_choices(folder, usable_device(device), trust_remote_code=trust_remote_code)
     data = {name: _as_json(choice) for name, choice in choices.items()}
     emit({"device": device, "kernels": data}, json_to, None if json_to == "-" else _kernel_table(summary, choices))
 

@@ -16,6 +16,7 @@ from trifold.cli.build_kernels import build_kernels
 from trifold.cli.compress import compress
 from trifold.cli.demo import demo
 from trifold.cli.eval import evaluate
+from trifold.cli.export import export
 from trifold.cli.generate import generate
 from trifold.cli.inspect import inspect
 from trifold.cli.plan import plan
@@ -32,7 +33,7 @@ def cli() -> None:
     """Fold a language model three ways: fewer bits, fewer weights, lower rank."""
 
 
-for command in (compress, demo, evaluate, inspect, generate, plan, recipes, bench, build_kernels):
+for command in (compress, demo, evaluate, inspect, export, generate, plan, recipes, bench, build_kernels):
     cli.add_command(command)
 
 

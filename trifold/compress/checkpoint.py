@@ -184,6 +184,11 @@ def write_config(folder: Path, config: Mapping[str, Any], contents: Mapping[str,
     write_synced(folder / "config.json", _json({**config, "quantization_config": quantization_block(contents)}))
 
 
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """A JSON file as all of ours are: sorted keys, UTF-8, whole or not at all."""
+    write_synced(path, _json(data))
+
+
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """report.json beside the weights."""
     write_synced(folder / "report.json", _json(report))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from trifold.core import embedded
 from trifold.core.errors import CheckpointError, InputError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,6 +74,17 @@ def shard_files(folder: Path) -> dict[str, Path]:
                 f"{folder / name}: truncated or not safetensors ({reason(error)}); copy the model again"
             ) from error
     return files
+
+
+def copy_companions(folder: Path, destination: Path, without: Collection[str] = ("config.json",)) -> None:
+    """Everything but weights, hidden files and the files `without`: tokenizer, templates, licence."""
+    for file in sorted(folder.rglob("*")):
+        place = file.relative_to(folder)
+        hidden = any(part.startswith(".") for part in place.parts)
+        if hidden or not file.is_file() or str(place) in without or file.name.endswith(_WEIGHT_FILES):
+            continue
+        (destination / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, destination / place)
 
 
 def float_dtype(name: str | torch.dtype) -> torch.dtype:

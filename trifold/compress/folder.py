@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from trifold.compress.files import DTYPES, float_dtype, reason, shard_files, usable_device
+from trifold.compress.files import DTYPES, copy_companions, float_dtype, reason, shard_files, usable_device
 from trifold.compress.integration.auto import auto_class, is_known
 from trifold.compress.source import Source, materialise_buffers, tower_notice
 from trifold.compress.tensor_file import read_ahead, read_parts
@@ -25,7 +24,6 @@ from trifold.core.topology import find_blocks
 from trifold.kernels import is_stacked
 
 _STORED_FLOATS = ("F64", "F32", "BF16", "F16")
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
 
 
 class FolderSource(Source):
@@ -229,13 +227,7 @@ class FolderSource(Source):
         }
 
     def copy_files(self, destination: Path) -> None:
-        for file in sorted(self.folder.rglob("*")):
-            place = file.relative_to(self.folder)
-            hidden = any(part.startswith(".") for part in place.parts)
-            if hidden or not file.is_file() or place == Path("config.json") or file.name.endswith(_WEIGHT_FILES):
-                continue
-            (destination / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, destination / place)
+        copy_companions(self.folder, destination)
 
     def config_dict(self) -> dict[str, Any]:
         return json.loads((self.folder / "config.json").read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from trifold.compress.checkpoint import QUANT_METHOD, check_version
 from trifold.compress.files import shard_files
+from trifold.compress.packed_folder import is_foreign, open_packed, read_json
 from trifold.compress.slicing import Slices
 from trifold.compress.tensor_file import stored
 from trifold.core.errors import CheckpointError
@@ -64,15 +64,25 @@ def live_totals(model: Any) -> dict[str, Any]:
 
 
 def summarise(folder: Path) -> dict[str, Any]:
-    """Layers and totals of one of our checkpoints. Raises CheckpointError if it is none."""
-    config = _read_json(folder / "config.json")
+    """Layers and totals of a checkpoint of ours, or of another ecosystem in our layout of its codes.
+
+    Raises CheckpointError or InputError if it is none that is read.
+    """
+    config = read_json(folder / "config.json")
     quantization = config.get("quantization_config") or {}
+    item = _DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
+    if is_foreign(quantization):
+        packed = open_packed(folder)
+        layers = {name: _layer(spec, {}) for name, spec in packed.modules.items()}
+        names = packed.packed_names()
+        other = {k: (math.prod(e.shape), e.nbytes) for k, e in packed.tensors.items() if k not in names}
+        return {**totals(packed.modules, other, item), "layers": layers}
     if quantization.get("quant_method") != QUANT_METHOD:
         found = quantization.get("quant_method", "none, the model is dense")
         raise CheckpointError(f"{folder}: not a Trifold checkpoint (quantisation: {found})")
     check_version(quantization.get("format_version"))
     report = folder / "report.json"
-    errors = _read_json(report).get("layers", {}) if report.exists() else {}
+    errors = read_json(report).get("layers", {}) if report.exists() else {}
     try:
         modules = quantization["modules"]
         slices = quantization.get("slices", {})
@@ -139,16 +149,4 @@ def _others(folder: Path, modules: Mapping[str, Spec]) -> dict[str, tuple[int, i
         for key, entry in stored(file).items():
             if key not in packed:
                 found[key] = (math.prod(entry.shape), entry.nbytes)
-    return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); copy the checkpoint again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: holds no JSON object; copy the checkpoint again")
     return found

@@ -45,6 +45,11 @@ class Entry:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as safetensors calls it."""
+        return _NAMES[self.dtype]
+
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Entry:
         """A tensor in memory."""

@@ -9,6 +9,7 @@ import torch
 from trifold.compress.files import float_dtype, reason
 from trifold.compress.integration.auto import auto_class
 from trifold.compress.integration.modules import replace_modules
+from trifold.compress.packed_folder import is_foreign, open_packed
 from trifold.core.errors import CheckpointError
 from trifold.kernels import Choice, PackedLinear
 
@@ -31,7 +32,9 @@ def kernel_choices(
             model = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: no model can be built from its config ({reason(error)})") from error
-    replace_modules(model, config.quantization_config["modules"], config.quantization_config.get("slices"))
+    quantization = config.quantization_config
+    modules = open_packed(folder).modules if is_foreign(quantization) else quantization["modules"]
+    replace_modules(model, modules, quantization.get("slices"))
     parts = {
         id(part)
         for module in model.modules()

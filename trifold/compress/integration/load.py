@@ -1,4 +1,4 @@
-"""`trifold.load`: a checkpoint, ours or any dense one, ready to run."""
+"""`trifold.load`: a checkpoint, ours, another ecosystem's or any dense one, ready to run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from trifold.compress.block import Compressed
 from trifold.compress.files import float_dtype, model_folder, reason, shard_files
 from trifold.compress.integration.auto import auto_class
+from trifold.compress.integration.foreign import load_foreign
+from trifold.compress.packed_folder import is_foreign
 from trifold.core.errors import CheckpointError
 
 
@@ -22,6 +24,7 @@ def load(
 ) -> Any:
     """A language model from a folder or hub id, in eval mode; packed weights stay packed.
 
+    Checkpoints of compressed-tensors, GPTQ and AWQ run on our kernels, their codes unchanged.
     Other keywords go to transformers' `from_pretrained`; code that comes with the model runs only with
     `trust_remote_code=True`. Raises CheckpointError if the folder cannot be read or a tensor is missing, of the
     wrong shape or, in one of our checkpoints, left over.
@@ -39,9 +42,12 @@ def load(
     settings: dict[str, Any] = {"trust_remote_code": False, "ignore_mismatched_sizes": True, **kwargs}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=settings["trust_remote_code"])
-        loaded, info = auto_class(config).from_pretrained(
-            folder, dtype=wanted, device_map=device_map, output_loading_info=True, **settings
-        )
+        if is_foreign(getattr(config, "quantization_config", None)):
+            loaded, info = load_foreign(folder, config, dtype=wanted, device_map=device_map, **settings)
+        else:
+            loaded, info = auto_class(config).from_pretrained(
+                folder, dtype=wanted, device_map=device_map, output_loading_info=True, **settings
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         if "custom code" in str(error):
             raise CheckpointError(f"{folder}: the model brings its own code; trust_remote_code=True runs it") from error

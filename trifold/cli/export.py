@@ -1,0 +1,53 @@
+"""`trifold export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from trifold.cli.output import emit, facts, json_option, size
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option(
+    "--to",
+    required=True,
+    metavar="FORMAT",
+    help="compressed-tensors (or one of its layouts: pack-quantized, int-quantized, float-quantized), gptq, gptq_v2, "
+    "awq or dense.",
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to create.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="With --to dense: of the weights.",
+)
+@click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@json_option
+def export(
+    checkpoint: str,
+    to: str,
+    output: Path,
+    dtype: str,
+    max_shard_size: str,
+    trust_remote_code: bool,
+    json_to: str | None,
+) -> None:
+    """Write CHECKPOINT, a folder or hub id, as another engine loads it, without changing a code.
+
+    It may be of Trifold, compressed-tensors, GPTQ or AWQ. What the format cannot hold exactly is refused before
+    anything is written.
+    """
+    from trifold.api import export as write
+
+    report = write(
+        checkpoint, to, output, dtype=dtype, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code
+    )
+    layouts = ", ".join(f"{count} as {name}" for name, count in report["layers"].items())
+    rows = {"format": report["format"], "layers": layouts, "size": size(report["total_bytes"])}
+    emit(report, json_to, facts(str(output), rows))

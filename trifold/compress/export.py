@@ -1,0 +1,244 @@
+"""A compressed checkpoint written as another ecosystem's loaders want it: the same codes in other words."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trifold.compress import checkpoint
+from trifold.compress.files import copy_companions, float_dtype, model_folder, parse_size, reason
+from trifold.compress.folder import meta_model
+from trifold.compress.packed_folder import PackedFolder, open_packed
+from trifold.compress.tensor_file import Entry, stored, write_tensors
+from trifold.core.errors import CheckpointError, InputError, ProofError, unknown_name
+from trifold.core.linears import is_linear, is_transposed
+from trifold.ecosystem import CODECS, ECOSYSTEMS, Codec, Settings, nearest
+from trifold.ecosystem.experts import PLAIN, ExpertNames, is_expert, names_of, parted
+from trifold.formats import Spec
+from trifold.kernels import PackedExperts, is_stacked, unstack
+
+DENSE, MIXED = "dense", "compressed-tensors"
+_NOT_COPIED = ("config.json", "report.json", "quantize_config.json", "quant_config.json")
+
+
+def format_names() -> list[str]:
+    """What a checkpoint can be exported to."""
+    return [DENSE, MIXED, *CODECS]
+
+
+def export(
+    model: str | os.PathLike[str],
+    to: str,
+    output: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    max_shard_size: str | int = "5GB",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Write a compressed checkpoint in another format; codes, zero-points and scales stay what they are.
+
+    model: a folder or hub id of a checkpoint of ours, compressed-tensors, GPTQ or AWQ. to: one of `format_names()`;
+    `compressed-tensors` chooses among its layouts for each layer, `dense` dequantises. output: a folder that must not
+    exist yet, and does not unless all of it is written. dtype: of dense tensors, only to `dense`; "auto" is the
+    checkpoint's. Tensors pass through memory one layer at a time.
+
+    Returns the report: format, layers by layout, bytes. Raises InputError, before anything is written, for the first
+    layer that the format cannot hold exactly, with the nearest format that can; ResourceError if the disk fails.
+    """
+    place, shard = Path(output).expanduser(), parse_size(max_shard_size)
+    if to not in format_names():
+        raise InputError(unknown_name("export format", to, format_names()))
+    if to != DENSE and dtype != "auto":
+        raise InputError(f"dtype={dtype}: only --to dense changes it; leave it out")
+    checkpoint.check_output(place)
+    partial_folder = place.with_name(place.name + ".partial")
+    if os.path.lexists(partial_folder):
+        raise InputError(f"{partial_folder}: exists, but unfinished work has to go there; move it away")
+    source = open_packed(model_folder(model))
+    if slices := (source.config.get("quantization_config") or {}).get("slices"):
+        name = next(iter(slices))
+        raise InputError(f"{name}: was cut to dimensions that no config of its family can say; it stays with Trifold")
+    plan = _plan(source, to, _skeleton(source, dtype, trust_remote_code))
+    try:
+        with checkpoint.disk_errors(partial_folder):
+            partial_folder.mkdir(parents=True)
+            total = _write(source, plan, partial_folder, shard)
+            checkpoint.publish(partial_folder, place)
+    except BaseException:
+        checkpoint.discard(partial_folder)
+        raise
+    return {"format": to, "output": str(place), "layers": plan.layouts, "total_bytes": total}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """config: of the output. encode: of each layer, its tensors by their whole names. layouts: how many layers are
+    in which. dtype: of dense tensors, None to leave each its own. files: JSON beside config.json. gone: tensors left
+    out. names: of experts."""
+
+    config: dict[str, Any]
+    encode: Mapping[str, Callable[[], dict[str, torch.Tensor]]]
+    layouts: dict[str, int]
+    dtype: torch.dtype | None
+    files: Mapping[str, Any]
+    gone: frozenset[str]
+    names: ExpertNames
+
+
+def _skeleton(source: PackedFolder, dtype: str | torch.dtype, trust_remote_code: bool) -> Any:
+    """The model without weights, in the dtype that the output will have."""
+    from transformers import AutoConfig
+
+    path = source.folder / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # validators of every kind
+        raise CheckpointError(f"{path}: {reason(error)}") from error
+    del config.quantization_config
+    wanted = (config.dtype or source.stored_dtype) if dtype == "auto" else float_dtype(dtype)
+    return meta_model(config, wanted, path, trust_remote_code)
+
+
+def _plan(source: PackedFolder, to: str, model: Any) -> _Plan:
+    known, names = set(model.state_dict()), names_of(source.config.get("model_type")) or PLAIN
+    _unstack(source, model)
+    modules = dict(model.named_modules())
+    for name in source.modules:
+        if name not in modules:
+            raise CheckpointError(f"{source.folder}: {name} is quantised, but the architecture has no such layer")
+    ordered = [name for name in modules if name in source.modules]
+    gone = frozenset(
+        name
+        for name, entry in source.tensors.items()
+        if name not in known and name.endswith(".bias") and not entry.load().any()
+    )  # zeros that some tools store for layers without a bias
+    config = {**source.config, "dtype": str(model.dtype).removeprefix("torch.")}
+    config.pop("torch_dtype", None)
+    if to == DENSE:
+        encode = {name: partial(_dense, source, name, names, modules[name], model.dtype) for name in ordered}
+        return _Plan(config, encode, {DENSE: len(encode)}, model.dtype, {}, gone, names)
+    layers = {name: _choose(source, name, names, to, modules[name], model.dtype) for name in ordered}
+    outward = {each: chosen for name, chosen in layers.items() for each in names.outward(name)}
+    others = {each: m for name, m in modules.items() if name not in layers for each in names.outward(name)}
+    dense = [name for name, module in others.items() if isinstance(module, nn.Linear)]
+    routers = [name for name, module in others.items() if _is_router(module)]
+    ecosystem = ECOSYSTEMS[next(iter(layers.values()))[0].ecosystem]
+    block = ecosystem.write(outward, dense, routers)
+    config["quantization_config"] = block
+    layouts = [codec.name for codec, _ in layers.values()]
+    return _Plan(
+        config,
+        {name: partial(_encoded, source, name, names, *chosen, model.dtype) for name, chosen in layers.items()},
+        {name: layouts.count(name) for name in sorted(set(layouts))},
+        None,
+        {"quantize_config.json": block} if ecosystem.method == "gptq" else {},
+        gone,
+        names,
+    )
+
+
+def _unstack(source: PackedFolder, model: Any) -> None:
+    """Take the experts of the skeleton apart. Raises InputError for those whose names elsewhere are not known."""
+    unstack(model, set(source.modules))
+    stacked = next((name for name, module in model.named_modules() if is_stacked(module)), None)
+    if stacked is not None:
+        raise InputError(f"{stacked}: experts that stay dense are not exported yet; the checkpoint runs as it is")
+    family = source.config.get("model_type")
+    expert = next(filter(is_expert, source.modules), None)
+    apart = any(isinstance(module, PackedExperts) for module in model.modules())
+    if apart and (expert is None or names_of(family) is None):
+        raise InputError(f"{source.folder}: experts of {family} are not exported yet; the checkpoint runs as it is")
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether it has a matrix of its own, which engines take for a linear layer, and is none of torch."""
+    own = module._parameters.get("weight")
+    return own is not None and own.ndim == 2 and not isinstance(module, nn.Embedding | nn.Linear)
+
+
+def _choose(
+    source: PackedFolder, name: str, names: ExpertNames, to: str, module: nn.Module, dtype: torch.dtype
+) -> tuple[Codec, Settings]:
+    """Codec and settings of a layer. Raises InputError if it cannot be held, with what can."""
+    if not is_linear(module) or is_transposed(module):
+        kind = type(module).__name__
+        raise InputError(f"{name}: {to} cannot hold it: {kind} is no linear layer of torch; --to {DENSE} can")
+    parts = parted(source.weight(name, codes=False), len(names.outward(name)))
+    codec = CODECS.get(_layout(source.modules[name]) if to == MIXED else to)
+    for weight in parts:
+        why = codec.refusal(weight, dtype)
+        if why is not None:
+            raise InputError(f"{name}: {to} cannot hold it: {why}; --to {nearest(weight, dtype)} can")
+    return codec, codec.settings(parts[0])
+
+
+def _layout(spec: Spec) -> str:
+    """Which layout of compressed-tensors engines have kernels for: bytes are for integers that meet integers."""
+    if spec["format"] == "fp8":
+        return "float-quantized"
+    return "int-quantized" if spec.get("input") and spec.get("bits") == 8 else "pack-quantized"
+
+
+def _encoded(
+    source: PackedFolder, name: str, names: ExpertNames, codec: Codec, settings: Settings, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    found, outward = {}, names.outward(name)
+    for each, weight in zip(outward, parted(source.weight(name), len(outward)), strict=True):
+        tensors = codec.encode(weight, dtype)
+        if not torch.equal(codec.decode(tensors, settings).dequantize(), weight.dequantize()):
+            raise ProofError(f"{each}: what {codec.name} reads back is another weight")
+        found.update({f"{each}.{leaf}": tensor for leaf, tensor in tensors.items()})
+    return found
+
+
+def _dense(
+    source: PackedFolder, name: str, names: ExpertNames, module: nn.Module, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    weight, outward = source.weight(name).dequantize(), names.outward(name)
+    weight = (weight.T if is_transposed(module) else weight).to(dtype)
+    parts = weight.chunk(len(outward))
+    return {f"{each}.weight": part.contiguous() for each, part in zip(outward, parts, strict=True)}
+
+
+def _write(source: PackedFolder, plan: _Plan, folder: Path, max_shard: int) -> int:
+    """Everything; returns the bytes of tensors."""
+    layers = folder / "layers"  # encoded, before they are put into shards
+    layers.mkdir()
+    for number, encode in enumerate(plan.encode.values()):
+        write_tensors(layers / str(number), {name: Entry.of(tensor) for name, tensor in encode().items()})
+    total = 0
+
+    def units() -> Iterator[dict[str, Entry]]:
+        nonlocal total
+        packed = source.packed_names()
+        kept = {k: e for k, e in source.tensors.items() if k not in packed | plan.gone}
+        rest = {plan.names.outward(name)[0]: _cast(entry, plan.dtype) for name, entry in kept.items()}
+        for unit in ({name: entry} for name, entry in sorted(rest.items())):
+            total += sum(entry.nbytes for entry in unit.values())
+            yield unit
+        for number in range(len(plan.encode)):
+            unit = stored(layers / str(number))
+            total += sum(entry.nbytes for entry in unit.values())
+            yield unit
+
+    checkpoint.write_shards(folder, units(), max_shard)
+    shutil.rmtree(layers)
+    copy_companions(source.folder, folder, without=_NOT_COPIED)
+    for name, data in {"config.json": plan.config, **plan.files}.items():
+        checkpoint.write_json(folder / name, data)
+    return total
+
+
+def _cast(entry: Entry, dtype: torch.dtype | None) -> Entry:
+    """The entry in another dtype, if it is of floats."""
+    if dtype is None or not entry.dtype.is_floating_point:
+        return entry
+    return Entry(entry.shape, dtype, lambda: entry.load().to(dtype))
