@@ -295,3 +295,10 @@ def test_a_damaged_config_is_refused_by_name(tmp_path, change, said):
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=said):
         trifold.load(out)
+
+
+def test_no_other_layout_can_say_what_was_cut(tmp_path):
+    out, _, _ = compress(tmp_path, "llama")
+    code, _, stderr = trifold_cli("export", out, "--to", "dense", "-o", tmp_path / "dense")
+    assert code == 2 and "was cut to a size that no other layout can say" in stderr
+    assert not (tmp_path / "dense").exists()

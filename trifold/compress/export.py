@@ -53,7 +53,7 @@ def export(
     Returns the report: format, layers by layout, bytes. Raises InputError, before anything is written, for the first
     layer that the format cannot hold exactly, with the nearest format that can; ResourceError if the disk fails.
     """
-    place, shard = Path(output).expanduser(), parse_size(max_shard_size)
+    place, shard = Path(output).expanduser(), parse_size(max_shard_size, "--max-shard-size")
     if to not in format_names():
         raise InputError(unknown_name("export format", to, format_names()))
     if to != DENSE and dtype != "auto":
@@ -63,9 +63,6 @@ def export(
     if os.path.lexists(partial_folder):
         raise InputError(f"{partial_folder}: exists, but unfinished work has to go there; move it away")
     source = open_packed(model_folder(model))
-    if slices := (source.config.get("quantization_config") or {}).get("slices"):
-        name = next(iter(slices))
-        raise InputError(f"{name}: was cut to dimensions that no config of its family can say; it stays with Trifold")
     plan = _plan(source, to, _skeleton(source, dtype, trust_remote_code))
     try:
         with checkpoint.disk_errors(partial_folder):

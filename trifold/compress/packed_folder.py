@@ -99,6 +99,8 @@ def open_packed(folder: Path) -> PackedFolder:
         modules, tensors = _converted(folder, quantization, entries, config.get("model_type"))
         return PackedFolder(folder, config, method, modules, tensors)
     check_version(quantization.get("format_version"))
+    for name in quantization.get("slices", ()):
+        raise InputError(f"{folder}: {name} was cut to a size that no other layout can say; it stays with Trifold")
     try:
         modules = dict(quantization["modules"])
         for name, spec in modules.items():
