@@ -85,7 +85,8 @@ class Rehearsal(Gpu):
     def place(self) -> Iterator[None]:
         """Layers are given the ops that a GPU would have."""
         there = "trifold.kernels."
-        modules = ("weight_only.planes.op", "rounded_input.triton_int8", "rounded_input.triton_fp8")
+        modules = ["weight_only.planes.op", "rounded_input.triton_int8", "rounded_input.triton_fp8"]
+        modules += ["sparse.gpu.groups", "sparse.gpu.bitmap"]
         resolve = dispatch.resolve
         with ExitStack() as stack:
             for module in modules:

@@ -1,12 +1,12 @@
-"""Sparse products on a GPU: values against float64, and microseconds beside cuBLAS. `gpu_check.py` calls `rows`."""
+"""The third part of `gpu_check.py`: sparse products, values against float64, and microseconds beside cuBLAS."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from gpu_layers import Gpu
 from sparse_kernels import sparse
 from torch.nn.functional import linear
 
@@ -24,33 +24,27 @@ KINDS: dict[str, tuple[str, float, Scheme | None]] = {
 }
 
 
-def rows(
-    clock: Callable[[list[Callable[[], Any]]], float], size: int = 8192, tokens: tuple[int, ...] = (1, 8, 16)
-) -> list[dict[str, Any]]:
-    """clock: microseconds of one of several calls, in turn, such as `gpu_check.microseconds`. bfloat16, N = K = size.
-
-    A row for each kind of weight and number of tokens: the op, its error over what rounding allows (at most 1), its
-    microseconds, and how many times faster it is than bfloat16 through cuBLAS.
+def rows(gpu: Gpu) -> list[dict[str, Any]]:
+    """bfloat16, N = K = 8192. A row for each kind of weight and number of tokens: the op, its error over what rounding
+    allows (at most 1), its microseconds, and how many times faster it is than bfloat16 through cuBLAS.
     """
-    found = []
-    dense = torch.randn(size, size, device="cuda").bfloat16()
-    times = {}
-    for m in tokens:
-        x = torch.randn(m, size, device="cuda").bfloat16()
-        weights = [dense, dense.clone(), dense.clone()]
-        times[m] = clock([lambda w=w, x=x: linear(x, w) for w in weights])
-    del dense, weights
+    size, tokens = (64, (1,)) if gpu.dry else (8192, (1, 8, 16))
+    found, times = [], {}
+    xs = {m: torch.randn(m, size, device=gpu.device).bfloat16() for m in tokens}
+    dense = [torch.randn(size, size, device=gpu.device).bfloat16() for _ in range(3)]
+    for m, x in xs.items():
+        times[m] = gpu.microseconds([partial(linear, x, weight) for weight in dense])
+    del dense
     for name, (pattern, share, scheme) in KINDS.items():
         packed, spec = sparse(size, pattern, share, scheme)
-        exact = FORMATS.get(spec["format"]).unpack(packed, spec).dequantize().cuda().double()
-        on_gpu = {key: tensor.cuda() for key, tensor in packed.items()}
+        exact = FORMATS.get(spec["format"]).unpack(packed, spec).dequantize().to(gpu.device).double()
         op = resolve(spec, torch.bfloat16, torch.device("cuda"))
-        prepared = [op.prepare({k: t.clone() for k, t in on_gpu.items()}, spec) for _ in range(6)]
-        for m in tokens:
-            x = torch.randn(m, size, device="cuda").bfloat16()
-            y, ideal = op.run(x, prepared[0], spec, None).double(), x.double() @ exact.T
+        weights = [op.prepare({k: t.to(gpu.device, copy=True) for k, t in packed.items()}, spec) for _ in range(6)]
+        for m, x in xs.items():
+            y, ideal = op.run(x, weights[0], spec, None).double(), x.double() @ exact.T
             allowed = 2**-7 * ideal.abs() + (size * 2**-24 + 2**-8) * (x.double().abs() @ exact.abs().T)
-            spent = clock([partial(op.run, x, tensors, spec, None) for tensors in prepared])
-            row = {"weights": name, "op": op.name, "tokens": m, "error": float(((y - ideal).abs() / allowed).max())}
-            found.append(row | {"microseconds": spent, "over_cublas": times[m] / spent})
+            spent = gpu.microseconds([partial(op.run, x, tensors, spec, None) for tensors in weights])
+            error = float(((y - ideal).abs() / allowed.clamp(min=1e-30)).max())
+            row = {"sparse weights": name, "op": op.name, "tokens": m, "error": error, "microseconds": spent}
+            found.append(row | {"over cublas": times[m] / spent})
     return found
