@@ -81,5 +81,35 @@ def excess(
     return float(((y.double() - exact).abs() / allowed.clamp(min=1e-30)).max())
 
 
+def strict(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> float:
+    """Largest error over eps |y| + K 2^-24 (|x| |W|ᵀ): one rounding of the result, and sums in float32."""
+    exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    allowed = torch.finfo(y.dtype).eps * exact.abs() + x.shape[1] * 2**-24 * size
+    return float(((y.double() - exact).abs() / allowed.clamp(min=1e-30)).max())
+
+
+def check_runtime(op, weight, tokens, dtypes) -> None:
+    """That a runtime layout turns back bit for bit, rows and single ones are those of the weight, products strict."""
+    module = layer(weight, bias=True)
+    portable, dense = module.portable(), weight.dequantize()
+    runtime = op.prepare(portable, module.spec)
+    restored = op.restore(runtime, module.spec)
+    assert restored.keys() == portable.keys()
+    for name, tensor in portable.items():
+        assert restored[name].dtype == tensor.dtype and torch.equal(restored[name], tensor)
+    for dtype in dtypes:
+        assert torch.equal(op.rows(runtime, module.spec, 0, len(dense), dtype), dense.to(dtype))
+        picked = torch.tensor([len(dense) - 1, 0, len(dense) // 2])
+        assert torch.equal(op.gather(runtime, module.spec, picked, dtype), dense[picked].to(dtype))
+        for count in tokens:
+            x, bias = activations(count, dense.shape[1], dtype), module.bias.to(dtype)
+            y = op.run(x, runtime, module.spec, bias)
+            assert y.dtype == dtype and y.shape == (count, len(dense))
+            assert strict(y, x, dense, bias) <= 1
+            assert strict(op.run(x, runtime, module.spec, None), x, dense) <= 1
+
+
 needs_int4 = pytest.mark.skipif(not _runs(TorchInt4(), 4), reason="no fast int4 product on this processor")
 needs_int8 = pytest.mark.skipif(not _runs(TorchInt8(), 8), reason="inexact int8 product on this processor")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed_samples import activations, excess, layer
+from packed_samples import activations, check_runtime, excess, layer, strict
 
 from tests.sparse_samples import KINDS, sparse_weight
 from trifold.core.canonical import Dense, Quantized, Sparse
@@ -41,37 +41,12 @@ def never_dense(monkeypatch):
     monkeypatch.setattr(cpu, "_DENSE_FROM", {name: dict.fromkeys(DTYPES, 10**9) for name in VARIANTS})
 
 
-def strict(y, x, weight, bias=None):
-    """Largest error over eps |y| + K 2^-24 (|x| |W|ᵀ): one rounding of the result, and sums in float32."""
-    exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
-    if bias is not None:
-        exact, size = exact + bias.double(), size + bias.double().abs()
-    allowed = torch.finfo(y.dtype).eps * exact.abs() + x.shape[1] * 2**-24 * size
-    return float(((y.double() - exact).abs() / allowed.clamp(min=1e-30)).max())
-
-
 def check(op, weight, tokens=(1, 2, 5, 13), dtypes=DTYPES[:2]):
-    module = layer(weight, bias=True)
-    reason = op.supports(module.spec, torch.float32, CPU)
+    reason = op.supports(layer(weight).spec, torch.float32, CPU)
     if reason is not None and "compile" in reason:
         pytest.skip(reason)
     assert reason is None
-    portable, dense = module.portable(), weight.dequantize()
-    runtime = op.prepare(portable, module.spec)
-    restored = op.restore(runtime, module.spec)
-    assert restored.keys() == portable.keys()
-    for name, tensor in portable.items():
-        assert restored[name].dtype == tensor.dtype and torch.equal(restored[name], tensor)
-    for dtype in dtypes:
-        assert torch.equal(op.rows(runtime, module.spec, 0, len(dense), dtype), dense.to(dtype))
-        picked = torch.tensor([len(dense) - 1, 0, len(dense) // 2])
-        assert torch.equal(op.gather(runtime, module.spec, picked, dtype), dense[picked].to(dtype))
-        for count in tokens:
-            x, bias = activations(count, dense.shape[1], dtype), module.bias.to(dtype)
-            y = op.run(x, runtime, module.spec, bias)
-            assert y.dtype == dtype and y.shape == (count, len(dense))
-            assert strict(y, x, dense, bias) <= 1
-            assert strict(op.run(x, runtime, module.spec, None), x, dense) <= 1
+    check_runtime(op, weight, tokens, dtypes)
 
 
 @pytest.mark.parametrize("variant, bits", CASES)
