@@ -18,7 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def machine() -> dict[str, Any]:
     """Where and with what a figure was measured."""
-    from trifold.compress.pipeline import versions
+    from trifold.core.version import versions
 
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

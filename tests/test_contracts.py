@@ -3,6 +3,10 @@
 import dataclasses
 import inspect
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from trifold.core.method import METHODS, BlockMethod, LayerMethod, LayerProblem,
 from trifold.core.scheme import Scheme
 from trifold.formats import FORMATS, bits_per_weight, digest, format_for, stored_bytes
 
+ROOT = Path(__file__).parent.parent
 LAYER = [name for name in METHODS if issubclass(METHODS.get(name), LayerMethod)]
 QUANTIZERS = [name for name in LAYER if METHODS.get(name).__module__.startswith("trifold.quantizers.")]
 
@@ -102,3 +107,12 @@ def test_the_public_api():
     assert all(hasattr(trifold, name) for name in trifold.__all__)
     with pytest.raises(AttributeError, match="no attribute 'quantize'"):
         _ = trifold.quantize
+
+
+def test_what_runs_a_checkpoint_needs_neither_pydantic_nor_datasets():
+    """A machine that only runs models, or the check for GPUs, may lack them."""
+    without = "import sys; sys.modules.update(dict.fromkeys(('pydantic', 'datasets', 'lm_eval', 'matplotlib')))"
+    code = f"{without}; import trifold, gpu_check, common; assert common.machine()['trifold']"
+    path = os.pathsep.join((str(ROOT), str(ROOT / "benchmarks")))
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert not done.returncode, done.stderr.decode()

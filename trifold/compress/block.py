@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from trifold.compress.capture import Call
+from trifold.compress.compressed import Compressed
 from trifold.compress.experts import ExpertTokens
 from trifold.compress.memory import ROOM, Room, give_back
 from trifold.compress.plan import LayerPlan, Plan
 from trifold.compress.runner import BlockRunner
 from trifold.compress.scratch import Release, keep, spill
-from trifold.compress.slicing import Slices, slice_attention
+from trifold.compress.slicing import slice_attention
 from trifold.core.canonical import Canonical, with_rounded_input
 from trifold.core.errors import CheckpointError
 from trifold.core.linears import set_weight, weight_of
@@ -29,45 +30,9 @@ from trifold.core.product import product
 from trifold.core.scheme import Scheme
 from trifold.core.statistics import AbsMax, AbsMean, Drift, Gram, Mean, Sample, Statistic
 from trifold.core.topology import Topology
-from trifold.formats import Spec, bits_per_weight, describe, digest, pack, rounds_input
+from trifold.formats import bits_per_weight, describe, digest, rounds_input
 
 LayerDone = Callable[[str, dict[str, Any]], None]
-
-
-@dataclass
-class Compressed:
-    """What is known of finished layers, by full name.
-
-    tensors: as stored. modules: specs for the checkpoint's config. report: error, bits, events per layer.
-    digests: SHA-256 of the stored tensors of each layer. slices: what has other dimensions than the model's config
-    says (`slicing.py`).
-    """
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    modules: dict[str, Spec] = field(default_factory=dict)
-    report: dict[str, dict[str, Any]] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
-    slices: Slices = field(default_factory=dict)
-
-    def note(
-        self,
-        modules: Mapping[str, Spec],
-        report: Mapping[str, Any],
-        digests: Mapping[str, str],
-        slices: Mapping[str, dict[str, Any]] | None = None,
-    ) -> None:
-        """Take over what is known of other layers, without their tensors."""
-        self.modules.update(modules)
-        self.report.update(report)
-        self.digests.update(digests)
-        self.slices.update(slices or {})
-
-    def add(self, name: str, canonical: Canonical, new_bias: bool = False) -> None:
-        """Pack a layer's decision. new_bias: whether it has a bias that the dense layer has not."""
-        tensors = pack(canonical)
-        self.modules[name] = describe(canonical) | ({"bias": True} if new_bias else {})
-        self.digests[name] = digest(tensors)
-        self.tensors.update({f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)

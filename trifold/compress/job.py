@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +19,6 @@ from trifold.compress.recipe import Recipe
 from trifold.compress.source import Source
 from trifold.compress.text import Windows, batches
 from trifold.core.topology import Topology
-from trifold.core.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,3 @@ class Job:
     @property
     def dtype_name(self) -> str:
         return str(self.source.dtype).removeprefix("torch.")
-
-
-def versions() -> dict[str, str]:
-    """What the result may depend on."""
-    libraries = ("torch", "transformers", "safetensors")
-    return {"trifold": VERSION, **{name: importlib.metadata.version(name) for name in libraries}}

@@ -13,15 +13,17 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from trifold.compress.block import Compressed
 from trifold.compress.tensor_file import Entry, stored, write_tensors
 from trifold.core.errors import InputError, ResourceError
+
+if TYPE_CHECKING:
+    from trifold.compress.compressed import Compressed
 
 
 class Journal:

@@ -15,7 +15,6 @@ import torch
 
 from trifold.compress import checkpoint
 from trifold.compress.allocate import allocate_shares, has_budget, with_shares
-from trifold.compress.block import Compressed
 from trifold.compress.calibration import (
     CALIBRATION_TOKENS,
     TOKENS_PER_BATCH,
@@ -24,13 +23,14 @@ from trifold.compress.calibration import (
     random_windows,
     text_windows,
 )
+from trifold.compress.compressed import Compressed
 from trifold.compress.estimate import check_room
 from trifold.compress.experts import tokens_of_experts
 from trifold.compress.files import model_folder, parse_size
 from trifold.compress.folder import FolderSource
 from trifold.compress.integration.load import load, read_compressed
 from trifold.compress.integration.modules import install
-from trifold.compress.job import Job, Options, room_of, versions
+from trifold.compress.job import Job, Options, room_of
 from trifold.compress.journal import Follower, Journal
 from trifold.compress.lint import lint
 from trifold.compress.memory import resident_bytes
@@ -48,6 +48,7 @@ from trifold.compress.walk import Walk
 from trifold.core.errors import CalibrationError, InputError, ProofError, RecipeError
 from trifold.core.families import topology_of
 from trifold.core.native import library
+from trifold.core.version import versions
 
 
 def prepare(

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from trifold.compress.block import Compressed
 from trifold.compress.capture import Tail, capture_calls
+from trifold.compress.compressed import Compressed
 from trifold.compress.files import shard_files
 from trifold.compress.integration.modules import replace_modules
 from trifold.compress.journal import Journal

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
-from trifold.compress.block import BlockCompressor, Compressed
+from trifold.compress.block import BlockCompressor
 from trifold.compress.capture import Call, Tail, capture_calls
+from trifold.compress.compressed import Compressed
 from trifold.compress.job import Job
 from trifold.compress.journal import Journal
 from trifold.compress.tensor_file import Entry

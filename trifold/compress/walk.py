@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trifold.compress.block import BlockCompressor, Compressed, dense_tensors
+from trifold.compress.block import BlockCompressor, dense_tensors
 from trifold.compress.capture import Call, Tail, capture_calls, own_state
+from trifold.compress.compressed import Compressed
 from trifold.compress.job import Job
 from trifold.compress.memory import ROOM, Room, give_back
 from trifold.compress.runner import BlockRunner

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from trifold.compress.job import versions
 from trifold.compress.summary import live_totals
 from trifold.core.errors import InputError
+from trifold.core.version import versions
 from trifold.eval.forward import evaluating
 from trifold.eval.paired import jackknife_difference, paired_difference
 

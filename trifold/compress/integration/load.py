@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from trifold.compress.block import Compressed
+from trifold.compress.compressed import Compressed
 from trifold.compress.files import float_dtype, model_folder, reason, shard_files
 from trifold.compress.integration.auto import auto_class
 from trifold.compress.integration.foreign import load_foreign

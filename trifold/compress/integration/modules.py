@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trifold.compress.block import Compressed
+from trifold.compress.compressed import Compressed
 from trifold.compress.integration.sliced_attention import SlicedAttention
 from trifold.compress.slicing import Slices, slice_modules
 from trifold.core.errors import CheckpointError, InputError
