@@ -15,8 +15,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 needs_vnni = pytest.mark.skipif(not RUNNABLE, reason="no AVX512-VNNI or no C compiler")
 
 
-def close(weight, x, bits=8, scale=None):
-    """Whether every variant is as near to float64 as sums in float32 let it be; x is rounded exactly as by torch."""
+def assert_close_to_float64(weight, x, bits=8, scale=None):
+    """That every variant is as near to float64 as sums in float32 let it be; x is rounded exactly as by torch."""
     module = layer(weight, bias=True, input_bits=bits)
     spec = module.spec if scale is None else module.spec | {"input": {"bits": bits, "static": True}}
     codes, steps = quantize_input(x, InputScheme(bits, static=scale is not None), scale)
@@ -37,15 +37,15 @@ def test_against_float64(bits, shape):
     for group in GROUPS:
         for symmetric in (True, False):
             for tokens, dtype in zip((1, 5, 17), DTYPES, strict=True):
-                close(quantized(*shape, bits, group, symmetric), activations(tokens, shape[1], dtype))
+                assert_close_to_float64(quantized(*shape, bits, group, symmetric), activations(tokens, shape[1], dtype))
 
 
 @needs_vnni
 def test_fewer_bits_and_fixed_scales():
     weight = quantized(40, 100, 4, 32, False)
     for bits in (2, 5, 8):
-        close(weight, activations(3, 100), bits)
-        close(weight, activations(3, 100, torch.bfloat16), bits, torch.tensor([0.01]))  # saturates
+        assert_close_to_float64(weight, activations(3, 100), bits)
+        assert_close_to_float64(weight, activations(3, 100, torch.bfloat16), bits, torch.tensor([0.01]))  # saturates
 
 
 @needs_vnni
