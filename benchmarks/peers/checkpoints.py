@@ -7,10 +7,12 @@
 there knows, writes each checkpoint to a folder of OUT, loads it again with the tool's own loader and keeps, beside the
 weights, `peer/reference.safetensors`: the logits of 64 tokens, and of GPTQModel also the weights as its kernels
 dequantise them and the float32 logits of a plain model with these weights, since its kernels compute in 16 bits only.
-`compare` loads each checkpoint with `trifold.load` and prints the largest differences; `--record` writes them to
-benchmarks/results/peers.json and .md.
+`compare` loads each checkpoint with `trifold.load` and prints the largest differences, of the kernels that are
+dispatched and of the naive ones. Where activations are rounded to integers a difference in the last bit of a sum sends
+some to another code, so only the naive kernels, which sum as the tool does, are bounded there. `--record` writes it
+to benchmarks/results/peers.json and .md.
 
-GPTQModel wants GPTQMODEL_CPU_WORKERS=2 on a machine with two cores.
+GPTQModel wants GPTQMODEL_CPU_WORKERS=2 on a machine with two cores; TORCHDYNAMO_DISABLE=1 saves it compiling.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -34,6 +37,7 @@ if str(Path(__file__).resolve().parent) in sys.path:  # a file there has the nam
     sys.path.remove(str(Path(__file__).resolve().parent))
 PROMPT = torch.arange(2, 66).reshape(2, 32)
 EXACT = 1e-3  # of float32 logits
+NAIVE = "weight_only.naive,rounded_input.naive"
 
 GPTQMODEL = {
     "gptq-w4-g32": {"bits": 4, "group_size": 32},
@@ -43,7 +47,7 @@ GPTQMODEL = {
     "gptq_v2-w3-g32": {"bits": 3, "group_size": 32, "format": "gptq_v2"},
     "gptq-w3-g32-asym-actorder": {"bits": 3, "group_size": 32, "sym": False, "desc_act": True},
     "gptq-w2-g32": {"bits": 2, "group_size": 32},
-    "gptq-w8-channel": {"bits": 8, "group_size": -1},
+    "gptq-w8-channel": {"bits": 8, "group_size": -1, "act_group_aware": False},
     "awq-w4-g32": {"bits": 4, "group_size": 32, "sym": False, "method": "awq", "format": "gemm"},
 }
 LLM_COMPRESSOR = {  # name: (modifier, scheme)
@@ -53,7 +57,6 @@ LLM_COMPRESSOR = {  # name: (modifier, scheme)
     "ct-w8a8": ("GPTQ", "W8A8"),
     "ct-fp8-dynamic": ("round", "FP8_DYNAMIC"),
     "ct-fp8-static": ("round", "FP8"),
-    "ct-fp8-block": ("round", "FP8_BLOCK"),
 }
 
 
@@ -87,9 +90,10 @@ def with_gptqmodel(model: str, ids: list[list[int]], out: Path, names: list[str]
     examples = [{"input_ids": window, "attention_mask": [1] * len(window)} for window in ids]
     for name in names:
         settings: dict[str, Any] = {"sym": True, "desc_act": False, "offload_to_disk": False, **GPTQMODEL[name]}
-        quantised = GPTQModel.load(model, QuantizeConfig(**settings), device="cpu")
-        quantised.quantize(copy.deepcopy(examples), batch_size=4)
-        quantised.save(str(out / name))
+        if not (out / name).exists():
+            quantised = GPTQModel.load(model, QuantizeConfig(**settings), device="cpu")
+            quantised.quantize(copy.deepcopy(examples), batch_size=4)
+            quantised.save(str(out / name))
         backend = BACKEND.AWQ_TORCH if settings.get("method") == "awq" else BACKEND.GPTQ_TORCH
         own = GPTQModel.load(str(out / name), device="cpu", backend=backend, dtype=torch.float16).model
         kept = {"logits16": logits_of(own)}
@@ -109,10 +113,13 @@ def with_gptqmodel(model: str, ids: list[list[int]], out: Path, names: list[str]
 
 @torch.inference_mode()
 def weight_of(layer: Any) -> torch.Tensor:
-    """(out, in) float32, by the kernel's own dequantiser where it says it, else by the product with the identity."""
+    """(out, in) float32, by the kernel's own dequantiser, whose scales are made float32 so that nothing is rounded."""
+    layer.scales = layer.scales.float()
+    if hasattr(layer, "clear_weight_cache"):
+        layer.clear_weight_cache()
     if hasattr(layer, "g_idx") and hasattr(layer, "dequantize_weight"):
         return layer.dequantize_weight().T.float().contiguous()
-    return layer(torch.eye(layer.in_features, dtype=torch.float16)).T.float().contiguous()
+    return layer(torch.eye(layer.in_features)).T.float().contiguous()
 
 
 def with_llm_compressor(model: str, ids: list[list[int]], out: Path, names: list[str]) -> Iterator[str]:
@@ -157,7 +164,7 @@ def make(args: argparse.Namespace) -> None:
     for tool in found:
         run, known = tools[tool]
         names = [name for name in known if not args.only or name in args.only]
-        for name in run(args.model, ids, args.out, [name for name in names if not (args.out / name).exists()]):
+        for name in run(args.model, ids, args.out, [name for name in names if not (args.out / name / "peer").exists()]):
             print(f"made {name}", flush=True)
 
 
@@ -165,35 +172,45 @@ def compare(args: argparse.Namespace) -> None:
     sys.path.insert(0, str(ROOT))
     import trifold
     from trifold.compress.packed_folder import open_packed
+    from trifold.formats import rounds_input
 
-    rows = {}
+    rows: dict[str, Any] = {}
     for folder in sorted(path.parent.parent for path in args.out.glob("*/peer/reference.safetensors")):
         kept, packed = load_file(folder / "peer" / "reference.safetensors"), open_packed(folder)
-        with torch.inference_mode():
-            model = trifold.load(folder, dtype=torch.float32)
-            ours = logits_of(model)
-        row = {"logits": float((ours - kept["logits"]).abs().max()), "layers": len(packed.modules)}
+        ours = logits_of(trifold.load(folder, dtype=torch.float32))
+        os.environ["TRIFOLD_KERNEL"] = NAIVE
+        naive = logits_of(trifold.load(folder, dtype=torch.float32))
+        del os.environ["TRIFOLD_KERNEL"]
+        row = {key: float((each - kept["logits"]).abs().max()) for key, each in (("logits", ours), ("naive", naive))}
         if "logits16" in kept:
             row["logits16"] = float((ours - kept["logits16"]).abs().max())
             weights = {name: packed.weight(name).dequantize() for name in packed.modules}
             row["weights"] = max(
                 float((weight - kept[f"{name}.weight"]).abs().max()) for name, weight in weights.items()
             )
-        rows[folder.name] = {**row, **json.loads((folder / "peer" / "made.json").read_text())}
+        rounds = any(rounds_input(spec) and "grid" not in spec["input"] for spec in packed.modules.values())
+        rows[folder.name] = {
+            **row,
+            "rounds": rounds,
+            "layers": len(packed.modules),
+            **json.loads((folder / "peer" / "made.json").read_text()),
+        }
         print(f"{folder.name:28s}" + "  ".join(f"{k} {v:.1e}" for k, v in row.items() if isinstance(v, float)))
     if args.record:
         record(rows)
-    worst = max(rows, key=lambda name: rows[name]["logits"])
-    if rows[worst]["logits"] > EXACT:
-        raise SystemExit(f"{worst}: logits differ by {rows[worst]['logits']:.1e}, more than {EXACT}")
+    for name, row in rows.items():
+        bounded = ["naive"] if row["rounds"] else ["naive", "logits"]
+        if any(row[key] > EXACT for key in bounded):
+            raise SystemExit(f"{name}: logits differ by more than {EXACT}")
 
 
 def record(rows: dict[str, Any]) -> None:
     results = ROOT / "benchmarks" / "results"
     (results / "peers.json").write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
-    lines = ["| checkpoint | made by | float32 logits differ by | 16-bit logits differ by | weights differ by |", "|" + "---|" * 5]
+    head = ("checkpoint", "made by", "float32 logits", "of naive kernels", "its 16-bit logits", "weights")
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, row in rows.items():
-        cells = [f"{row[key]:.1e}" if key in row else "" for key in ("logits", "logits16", "weights")]
+        cells = [f"{row[key]:.1e}" if key in row else "" for key in ("logits", "naive", "logits16", "weights")]
         lines.append(f"| {name} | {row['tool']} {row['versions'][row['tool']]} | {' | '.join(cells)} |")
     (results / "peers.md").write_text("\n".join(lines) + "\n")
 

@@ -81,7 +81,8 @@ def test_an_export_has_every_code_and_runs_packed(tmp_path, folds, to, chosen, l
     for name, weight in ours.items():
         assert torch.equal(weight.dequantize(), theirs[name].dequantize()), name
     assert isinstance(trifold.load(tmp_path / "out").get_submodule(LAYER), PackedLinear)
-    assert (logits(tmp_path / "out") - logits(fold)).abs().max() < 1e-4
+    expected, bound = logits(fold), 0.05 if chosen == "w8a8" else 1e-4  # their rule for activations is another
+    assert (logits(tmp_path / "out") - expected).norm() < bound * expected.norm()
     again = tmp_path / "again"
     trifold.export(fold, to, again)
     assert contents(again) == files

@@ -45,7 +45,7 @@ def room_of(options: Options, folder: Path | None = None) -> Room:
 
 @dataclass
 class Job:
-    """A compression that passed its preflight."""
+    """A compression that passed its preflight. repository: what the result will be called on the hub."""
 
     source: Source
     recipe: Recipe
@@ -57,6 +57,7 @@ class Job:
     options: Options
     report: Reporter
     processes: Processes = ALONE
+    repository: str | None = None
 
     @cached_property
     def batches(self) -> list[torch.Tensor]:

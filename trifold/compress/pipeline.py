@@ -23,7 +23,9 @@ from trifold.compress.calibration import (
     random_windows,
     text_windows,
 )
+from trifold.compress.card import NAME, Card, front_of
 from trifold.compress.compressed import Compressed
+from trifold.compress.deliver import Delivery
 from trifold.compress.estimate import check_room
 from trifold.compress.experts import tokens_of_experts
 from trifold.compress.files import model_folder, parse_size
@@ -191,6 +193,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
 
     checkpoint.write_shards(partial, units(), parse_size(job.options.max_shard_size, "--max-shard-size"))
     source.copy_files(partial)
+    front = front_of(partial)
     checkpoint.write_config(partial, source.config_dict() | {"dtype": job.dtype_name}, _quantization(job, everything))
     tail.tensors.clear()
     source.close_outside()
@@ -200,6 +203,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     report = _report(job, everything, sizes, proof, time.perf_counter() - started)
     report["fingerprint"] = _stamp(_fingerprint(job))
     checkpoint.write_report(partial, report)
+    (partial / NAME).write_text(_card(job, report, front), encoding="utf-8")
     journal.remove()
     checkpoint.publish(partial, output)
     return report
@@ -339,6 +343,21 @@ def _report(
     }
 
 
+def _card(job: Job, report: Mapping[str, Any], front: Mapping[str, Any]) -> str:
+    """The model card. front: of the dense model's."""
+    rows = {
+        "layers compressed": str(len(report["layers"])),
+        "bits per compressed weight": f"{report['bits_per_weight']:.3f}",
+        "bits per weight of the whole model": f"{report['model_bits_per_weight']:.3f}",
+        "size": f"{report['total_bytes'] / 1e6:.2f} MB (dense: {report['dense_bytes'] / 1e6:.2f} MB)",
+    }
+    if (text := report["calibration"]) is not None:
+        source = Path(text["source"])
+        named = source.name if source.is_file() else text["source"]
+        rows["calibration"] = f"{named}, {text['windows']} windows of {text['seqlen']} tokens"
+    return Card(job.repository, job.source.name, checkpoint.QUANT_METHOD, (), rows, job.recipe.to_dict(), front).text()
+
+
 def _device(name: str) -> str:
     if name != "auto":
         return name
@@ -353,16 +372,22 @@ def run(
     options: Options,
     report: Reporter,
     tokenizer: Any = None,
+    delivery: Delivery | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Compress to a folder (returns None and the report) or into a model (returns it and the report)."""
     if output is not None:
         checkpoint.check_output(output)
+    if delivery:
+        delivery.begin(output)
     processes = join()
     if not processes.writes:
         report.level = -1
     job = prepare(model, recipe, calibration, options, report, tokenizer, processes)
     if processes.size > 1:
         _check_processes(job, output)
+    if delivery and output is not None:
+        delivery.check(job, output)
+        job.repository = delivery.repository
     if isinstance(job.source, LiveSource):
         whole = [step for step, tuner, _ in job.plan.tuners if tuner.level == "model"]
         if whole and output is None:
@@ -371,6 +396,8 @@ def run(
         model.eval()
         try:
             model.trifold_report = _run_live(job, output)
+            if delivery and output is not None:
+                model.trifold_report |= delivery.finish(output, options)
             return model, model.trifold_report
         finally:
             for module in training:
@@ -380,6 +407,8 @@ def run(
             check_room(job, output)
         written = compress_to(job, output)
         leave()
+        if delivery and processes.writes:
+            written |= delivery.finish(output, options)
         return None, written
     with tempfile.TemporaryDirectory() as folder:
         written = compress_to(job, Path(folder) / "model")
