@@ -79,11 +79,11 @@ def export(
 ) -> dict[str, Any]:
     """Write a compressed checkpoint as another engine loads it, without changing a code.
 
-    model: a folder or hub id, of Trifold, compressed-tensors, GPTQ or AWQ. to: "compressed-tensors",
-    "pack-quantized", "int-quantized", "float-quantized", "gptq", "gptq_v2", "awq", "gguf" or "dense"; None chooses the
-    best one for `engine`. output: a folder, or with "gguf" a file that ends so, that must not exist yet. engine: "vllm",
-    "sglang", "transformers", "gptqmodel" or "llama.cpp": check that it runs every layer. dtype: with "dense", of the
-    weights. requantize: round what the format cannot hold a second time, and report by how much. evaluation: a file that
+    model: a folder or hub id, of Trifold, compressed-tensors, GPTQ or AWQ. to: "compressed-tensors", "pack-quantized",
+    "int-quantized", "float-quantized", "gptq", "gptq_v2", "awq", "gguf" or "dense"; None chooses the best one for
+    `engine`. output: a folder, or with "gguf" a file that ends so, that must not exist yet. engine: "vllm", "sglang",
+    "transformers", "gptqmodel" or "llama.cpp": check that it runs every layer. dtype: with "dense", of the weights.
+    requantize: round what the format cannot hold a second time, and report by how much. evaluation: a file that
     `trifold eval --json` wrote, for the model card. push_to_hub: a repository to upload the output to. Returns the
     report. Raises InputError, before anything is written, for a layer that the format cannot hold exactly, or that the
     engine does not run.

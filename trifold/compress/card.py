@@ -47,9 +47,10 @@ _PACKAGES = {"gptq": "transformers optimum gptqmodel", "awq": "transformers gptq
 
 @dataclass(frozen=True)
 class Card:
-    """name: under which the hub has the checkpoint, None if it does not. base: the dense model. layout: `trifold`, or the format of an export.
-    engines: that load it. facts: rows of the first table. recipe: as YAML has it, None if it is not known. front: what
-    the dense model's own card says at its head. evaluation: what `trifold eval --json` wrote."""
+    """name: under which the hub has the checkpoint, None if it does not. base: the dense model. layout: `trifold`, or
+    the format of an export. engines: that load it. facts: rows of the first table. recipe: as YAML has it, None if it
+    is not known. front: what the dense model's own card says at its head. evaluation: what `trifold eval --json`
+    wrote."""
 
     name: str | None
     base: str

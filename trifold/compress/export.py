@@ -61,11 +61,12 @@ def export(
     """Write a compressed checkpoint in another format; codes, zero-points and scales stay what they are.
 
     model: a folder or hub id of a checkpoint of ours, compressed-tensors, GPTQ or AWQ. to: one of `format_names()`;
-    `compressed-tensors` chooses among its layouts for each layer, `dense` dequantises; None is the best for the
-    engine. output: a folder, or with `gguf` a file that ends so, that must not exist yet, and does not unless all of it
-    is written. engine: one of `ENGINES`, whose limits are checked too. dtype: of dense tensors, only to `dense`; "auto" is the checkpoint's. requantize: round what the format cannot hold a second time,
-    to the nearest scheme that it can. evaluation: what `trifold eval --json` wrote, for the model card. push_to_hub: a
-    repository that the finished output is uploaded to. Tensors pass through memory one layer at a time.
+    `compressed-tensors` chooses among its layouts for each layer, `dense` dequantises; None is the best for the engine.
+    output: a folder, or with `gguf` a file that ends so, that must not exist yet, and does not unless all of it is
+    written. engine: one of `ENGINES`, whose limits are checked too. dtype: of dense tensors, only to `dense`; "auto" is
+    the checkpoint's. requantize: round what the format cannot hold a second time, to the nearest scheme that it can.
+    evaluation: what `trifold eval --json` wrote, for the model card. push_to_hub: a repository that the finished output
+    is uploaded to. Tensors pass through memory one layer at a time.
 
     Returns the report: format, layers by layout, bytes, notices; with requantize also which layers changed by how much.
     Raises InputError, before anything is written, for the first layer that the format cannot hold exactly, with the

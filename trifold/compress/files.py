@@ -31,6 +31,7 @@ _WEIGHT_FILES = (
     ".index.json",
 )
 _NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.gguf"]
+NO_PICKLES = "pickled weights (.bin, .pt) can run code and are never read: convert them to safetensors first"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,10 +77,7 @@ def shard_files(folder: Path) -> dict[str, Path]:
     elif (folder / "model.safetensors").exists():
         names = ["model.safetensors"]
     else:
-        raise CheckpointError(
-            f"{folder}: no model.safetensors; pickled weights (.bin, .pt) can run code and are never read: convert "
-            "them to safetensors first"
-        )
+        raise CheckpointError(f"{folder}: no model.safetensors; {NO_PICKLES}")
     files: dict[str, Path] = {}
     for name in names:
         if not (folder / name).is_file():

@@ -44,8 +44,9 @@ class Kernel:
 @dataclass(frozen=True)
 class Engine:
     """formats: what `--to` can be, the first that serves is chosen. fuses: whether it joins q, k and v, and gate and
-    up, which then share one scheme, as all experts of a mixture do. uniform: one scheme for all layers if any are experts.
-    zero_points: a notice for a checkpoint that has some. full_range: as `InputScheme` says, of integer activations."""
+    up, which then share one scheme, as all experts of a mixture do. uniform: one scheme for all layers if any are of
+    experts. zero_points: a notice for a checkpoint that has some. full_range: as `InputScheme` says, of integer
+    activations."""
 
     name: str
     formats: tuple[str, ...]
