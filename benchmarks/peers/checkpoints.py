@@ -241,7 +241,7 @@ def compare(args: argparse.Namespace) -> None:
 def record(rows: dict[str, Any]) -> None:
     results = ROOT / "benchmarks" / "results"
     (results / "peers.json").write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
-    head = ("checkpoint", "made by", "float32 logits", "of naive kernels", "its 16-bit logits", "weights")
+    head = ("checkpoint", "read by", "float32 logits", "of naive kernels", "its 16-bit logits", "weights")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, row in rows.items():
         cells = [f"{row[key]:.1e}" if key in row else "" for key in ("logits", "naive", "logits16", "weights")]

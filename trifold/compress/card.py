@@ -136,7 +136,7 @@ def _evaluation(found: Mapping[str, Any]) -> str:
         tables.append(f"{where}:\n\n{_table(('', 'this model', 'dense'), rows)}")
     if found.get("results"):
         dense = own.get("baseline", {}).get("lm_eval", {}).get("results", {})
-        rows = []
+        scores = list[tuple[str, ...]]()
         for task, metrics in found["results"].items():
             for key, value in metrics.items():
                 metric, _, chosen = key.partition(",")
@@ -145,8 +145,8 @@ def _evaluation(found: Mapping[str, Any]) -> str:
                 error = f"{metric}_stderr,{chosen}"
                 other = dense.get(task, {})
                 cells = (_with_error(value, metrics.get(error)), _with_error(other.get(key), other.get(error)))
-                rows.append((task, metric, *cells))
-        tables.append(_table(("task", "metric", "this model", "dense"), rows))
+                scores.append((task, metric, *cells))
+        tables.append(_table(("task", "metric", "this model", "dense"), scores))
     return "\n".join(tables)
 
 
