@@ -19,7 +19,7 @@ from trifold.compress.files import parse_size
 from trifold.compress.integration.load import load, read_compressed
 from trifold.compress.integration.modules import install
 from trifold.compress.job import Job, Options, room_of
-from trifold.compress.journal import Follower, Journal
+from trifold.compress.journal import Follower, Journal, reference
 from trifold.compress.preflight import prepare
 from trifold.compress.processes import join, leave
 from trifold.compress.progress import Reporter
@@ -95,7 +95,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
         job.report.begin(source.block_count, journal.done)
         for index in range(journal.done, source.block_count):
             result = walk.block(index)
-            journal.keep(f"reference-{index:05d}", {"hidden": walk.hidden[0]})
+            journal.keep(reference(index), {"hidden": walk.hidden[0]})
             job.processes.wait()
             journal.write_block(index, result, walk.state(), walk.carries)
         for index in range(source.block_count):
