@@ -160,7 +160,7 @@ def check_disk(name: str, needed: Forecast, output: Path) -> None:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _sizes(model: Any, plan: Plan, specs: Mapping[str, Spec], blocks: str) -> tuple[list[_Block], tuple[int, int, int]]:
