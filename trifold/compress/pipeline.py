@@ -45,7 +45,7 @@ from trifold.compress.summary import summarise
 from trifold.compress.tensor_file import Entry
 from trifold.compress.tune import ModelTuning
 from trifold.compress.walk import Walk
-from trifold.core.errors import CalibrationError, InputError, ProofError, RecipeError
+from trifold.core.errors import CalibrationError, InputError, ProofError
 from trifold.core.families import topology_of
 from trifold.core.native import library
 from trifold.core.version import versions
@@ -101,8 +101,6 @@ def prepare(
     tokens = CALIBRATION_TOKENS.get(torch.device(source.device).type, TOKENS_PER_BATCH)
     size = options.batch_size or default_batch_size(windows, tokens)
     job = Job(source, recipe, plan, windows, calibration is not None, topology, size, options, report, processes)
-    if processes.size > 1 and cuts(plan):
-        raise RecipeError("dimensions are divided by one process; start this recipe without torchrun")
     if job.observed and len(job.batches) < processes.size:
         raise CalibrationError(
             f"{windows.source}: {len(job.batches)} batches for {processes.size} processes; start fewer, or give "
@@ -160,9 +158,8 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
         if shares:
             journal.note("allocation", shares)
         if cuts(job.plan):
-            carries = journal.noted("survey") or survey(walk)
-            journal.note("survey", carries)
-            walk.carries.update(carries)
+            walk.carries.update(_surveyed(walk, journal.noted("survey")))
+            journal.note("survey", walk.carries)
         if walk.shares_state:
             journal.done = 0  # blocks read what earlier ones left in memory, so none can be skipped
         job.processes.same(journal.done)
@@ -215,6 +212,12 @@ def _shares(walk: Walk, noted: Mapping[str, float] | None) -> Mapping[str, float
     return shares
 
 
+def _surveyed(walk: Walk, noted: dict[str, Any] | None) -> dict[str, Any]:
+    """How the budget of dimensions is divided. noted: what was found before the run broke off."""
+    found: dict[str, Any] = walk.job.processes.same(noted) or survey(walk)
+    return found
+
+
 def _follow(job: Job, output: Path) -> None:
     """Take part in the compression that the first process writes."""
     if not job.processes.same(None):
@@ -224,6 +227,8 @@ def _follow(job: Job, output: Path) -> None:
         job.source.open_outside()
         with Walk(job, room_of(job.options, folder)) as walk:
             _shares(walk, None)
+            if cuts(job.plan):
+                walk.carries.update(_surveyed(walk, None))
             journal = Follower(folder, job.processes.rank, job.processes.same(None))
             if journal.done:
                 walk.resume(job.processes.same(None), journal.hidden())
