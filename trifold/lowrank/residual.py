@@ -56,7 +56,7 @@ class Residual(LayerMethod):
     sensitive: bool = True
     factor_bits: int = 4
     factor_group: int = 128
-    turns: int = 3
+    turns: int = 5
     dense_targets: float = 0.5
     damping: float = 0.01
     multiple_of: int = 8
