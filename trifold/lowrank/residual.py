@@ -28,7 +28,6 @@ from trifold.lowrank.factorizer import check_damping
 from trifold.lowrank.factors import Layout, factorise
 from trifold.lowrank.metric import Metric
 
-
 DEFAULT_BITS = 0.2
 _WHOLE = 16  # bits per weight that a share of a budget is of
 _POINTS = 256  # ranks at most that an allocation chooses from
@@ -40,9 +39,9 @@ class Residual(LayerMethod):
     """base, base_options: the method whose weights are corrected, which gets the step's scheme. lr_bits: bits per
     weight of each layer's residual, from which its rank follows; without any, 0.2. global_lr_bits: instead, of all
     layers of the step together, divided among them by how much of what rounding lost a rank brings back. sensitive:
-    whether, in that, errors count by how much of them leaves the block. factor_bits: of a number in a factor; 16 keeps them in `dtype`.
-    factor_group: numbers that share a scale. turns: how often both are solved; 1 is EoRA. dense_targets, damping: as in
-    `reduced_rank`. multiple_of: ranks from eight times it on are divisible by it.
+    whether, in that, errors count by how much of them leaves the block. factor_bits: of a number in a factor; 16 keeps
+    them in `dtype`. factor_group: numbers that share a scale. turns: how often both are solved; 1 is EoRA.
+    dense_targets, damping: as in `reduced_rank`. multiple_of: ranks from eight times it on are divisible by it.
     """
 
     needs: ClassVar[tuple[type[Statistic], ...]] = (Gram, Drift)
