@@ -111,6 +111,12 @@ def test_it_is_the_model_with_rows_left_out(tmp_path):
         for more in ({}, {"position_ids": positions}):
             x = ids(1, 8, seed=4)
             assert torch.allclose(packed(x, **more).logits, dense(x, **more).logits, atol=1e-4)
+        packed, dense, cache = packed.double(), dense.double(), None
+        wanted = dense(x, position_ids=positions).logits
+        for at, position in enumerate(positions[0]):  # a token at a time, rotated keys from the cache
+            step = packed(x[:, at : at + 1], position_ids=position[None, None], past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            assert torch.allclose(step.logits[:, 0], wanted[:, at], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "opt"])
