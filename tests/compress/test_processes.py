@@ -103,6 +103,16 @@ def test_rounding_does_not_depend_on_processes(tiny, tmp_path):
     assert two.keys() == one.keys() and all(torch.equal(two[name], one[name]) for name in one)
 
 
+def test_dimensions_are_divided_by_all_processes_together(tiny, tmp_path, text):
+    arguments = ("compress", tiny(num_hidden_layers=2), "-r", "rank60-modegpt", "--calib", text, *SIZES)
+    codes, told = start("-m", "trifold", *arguments, "-o", tmp_path / "two")
+    assert codes == [0, 0], told
+    assert trifold_cli(*arguments, "-o", tmp_path / "one")[0] == 0
+    two, one = (trifold.load(tmp_path / name).state_dict() for name in ("two", "one"))
+    assert {n: t.shape for n, t in two.items()} == {n: t.shape for n, t in one.items()}
+    assert all(torch.allclose(two[name], one[name], atol=1e-4) for name in one)
+
+
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_more_processes_than_batches(tiny, text, rank):
     recipe = Recipe.load("w4a16-gptq").updated(["nsamples=4", "seqlen=32"])

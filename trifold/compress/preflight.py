@@ -24,7 +24,7 @@ from trifold.compress.plan import make_plan
 from trifold.compress.processes import ALONE, Processes
 from trifold.compress.progress import Reporter
 from trifold.compress.recipe import Recipe
-from trifold.compress.slicing import check_known, cuts
+from trifold.compress.slicing import check_known
 from trifold.compress.source import LiveSource, Source
 from trifold.core.errors import CalibrationError, InputError, RecipeError
 from trifold.core.families import topology_of
@@ -80,8 +80,6 @@ def prepare(
     tokens = CALIBRATION_TOKENS.get(torch.device(source.device).type, TOKENS_PER_BATCH)
     size = options.batch_size or default_batch_size(windows, tokens)
     job = Job(source, recipe, plan, windows, calibration is not None, topology, size, options, report, processes)
-    if processes.size > 1 and cuts(plan):
-        raise RecipeError("dimensions are divided by one process; start this recipe without torchrun")
     if job.observed and len(job.batches) < processes.size:
         raise CalibrationError(
             f"{windows.source}: {len(job.batches)} batches for {processes.size} processes; start fewer, or give "
