@@ -88,7 +88,7 @@ def _most_tokens(op: Op, spec: Spec, dtype: torch.dtype) -> int:
     """0 if the op's layout is not one that stages take."""
     if isinstance(op, Halves):
         return op.most_tokens(dtype) - 1
-    if not isinstance(op, Compiled):
+    if not isinstance(op, Compiled) or spec.get("input"):
         return 0
     scheme, columns = scheme_of(spec), spec["shape"][1]
     group = scheme.group_width(columns)
