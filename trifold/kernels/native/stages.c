@@ -10,6 +10,9 @@
 #define BITS 16
 #include "layout.h"
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #define BARRIER _Pragma("omp barrier")
@@ -21,6 +24,8 @@ INLINE int64_t own_number(void) { return 0; }
 INLINE int64_t their_number(void) { return 1; }
 #endif
 
+#define SOME_TILES 16 /* whose outputs are taken from the cache to their places */
+
 typedef void run_tiles(const product *p, int64_t begin, int64_t end, int wide);
 
 /* run: NULL if there is no such part. tile_bytes: what a tile costs. */
@@ -30,11 +35,12 @@ typedef struct {
     int64_t tile_bytes;
 } part;
 
-/* places: (left.w.rows,) of the outputs of L among y's, NULL if that is all of them in order. pivots: (right.w.rows,) of
-   the outputs of R that are outputs themselves, NULL if none is. */
+/* places: (left.w.rows,) of the outputs of L among y's, ascending; pivots: a bit for each output, set where it is the
+   next one of R itself, and 4 bytes more. Both NULL if outputs of R are none of y's. */
 typedef struct {
     part base, right, left;
-    const int64_t *places, *pivots;
+    const int64_t *places;
+    const uint8_t *pivots;
     int64_t rows;
 } layer;
 
@@ -62,56 +68,73 @@ static span own_tiles(const part *q, int64_t *done, int64_t all, int64_t thread,
 
 static int64_t cost(const part *q) { return q->run ? tiles(&q->w) * q->tile_bytes : 0; }
 
-/* Outputs `from` .. `to` - 1 of L, in float32, to their places in y, with those of B and the bias. */
-static void finish(const layer *l, const scratch *s, int64_t from, int64_t to, const void *bias, void *y, int64_t tokens,
-                   int64_t dtype)
+INLINE vf load_numbers(const void *from, int64_t at, int floats)
 {
-    const int64_t stride = sixteens(l->left.w.rows), below = sixteens(l->rows);
+    if (!floats) return from_bfloat16((const uint16_t *)from + at);
+    vf value;
+    memcpy(&value, (const float *)from + at, sizeof value);
+    return value;
+}
+
+/* Lanes whose bits are set take the first numbers of `yes` one after the other, the rest those of `no`. */
+INLINE vf merge(uint32_t bits, vf yes, vf no)
+{
+#ifdef __AVX512F__
+    return (vf)_mm512_mask_expand_ps(_mm512_maskz_expand_ps((__mmask16)~bits, (__m512)no), (__mmask16)bits, (__m512)yes);
+#else
+    vf value;
+    for (int i = 0, a = 0, b = 0; i < ROWS; i++) value[i] = bits >> i & 1 ? yes[a++] : no[b++];
+    return value;
+#endif
+}
+
+INLINE uint32_t sixteen_bits(const uint8_t *bits, int64_t at)
+{
+    uint32_t found;
+    memcpy(&found, bits + at / 8, sizeof found);
+    return found >> at % 8 & 0xffff;
+}
+
+/* y from what L made of its rows from .. to - 1, in float32, the pivots among them, what B made, and the bias.
+   Places ascend, so that these rows and the pivots between them are a run of y's outputs. */
+INLINE void finish_tokens(const layer *l, const scratch *s, int64_t from, int64_t to, const void *bias, void *y,
+                          int64_t tokens, int floats, int wide)
+{
+    const int64_t rank = sixteens(l->right.w.rows), stride = sixteens(l->left.w.rows), size = floats ? 4 : 2;
+    const int64_t first = l->places && from ? l->places[from] : from;
+    const int64_t last = to == l->left.w.rows ? l->rows : l->places ? l->places[to] : to;
     for (int64_t m = 0; m < tokens; m++) {
-        const float *left = (const float *)s->left + m * stride, *base = (const float *)s->base + m * below;
-        for (int64_t j = from; j < to; j += ROWS) {
-            const int64_t count = to - j < ROWS ? to - j : ROWS;
-            vf value;
-            memcpy(&value, left + j, sizeof value);
-            if (s->base) {
-                vf other;
-                memcpy(&other, base + j, sizeof other);
-                value += other;
+        int64_t left = from, right = first - from;
+        for (int64_t at = first; at < last; at += ROWS) {
+            const int64_t count = last - at < ROWS ? last - at : ROWS;
+            vf value = load_numbers(s->left, m * stride + left, 1);
+            if (l->pivots) {
+                const uint32_t bits = sixteen_bits(l->pivots, at);
+                const int pivots = __builtin_popcount(bits);
+                value = merge(bits, load_numbers(s->right, m * rank + right, wide), value);
+                right += pivots, left += ROWS - pivots;
+            } else left += ROWS;
+            if (s->base) value += load_numbers(s->base, m * sixteens(l->rows) + at, 1);
+            if (bias) {
+                uint8_t padded[4 * ROWS] = {0};
+                memcpy(padded, (const uint8_t *)bias + at * size, (size_t)(count * size));
+                value += load_numbers(padded, 0, floats);
             }
-            if (bias)
-                for (int64_t i = 0; i < count; i++) {
-                    const int64_t at = l->places ? l->places[j + i] : j + i;
-                    value[i] += dtype == BFLOAT16 ? widened(((const uint16_t *)bias)[at]) : ((const float *)bias)[at];
-                }
+            uint8_t *out = (uint8_t *)y + (m * l->rows + at) * size;
             const vh half = to_bfloat16(value);
-            for (int64_t i = 0; i < count; i++) {
-                const int64_t at = m * l->rows + (l->places ? l->places[j + i] : j + i);
-                if (dtype == BFLOAT16) ((uint16_t *)y)[at] = half[i];
-                else ((float *)y)[at] = value[i];
-            }
+            const void *numbers = floats ? (const void *)&value : (const void *)&half;
+            if (count == ROWS) memcpy(out, numbers, (size_t)(ROWS * size));
+            else memcpy(out, numbers, (size_t)(count * size));
         }
     }
 }
 
-/* Outputs of R that are outputs themselves, of tokens from .. to - 1. wide: whether they are float32. */
-static void copy_pivots(const layer *l, const scratch *s, int64_t from, int64_t to, const void *bias, void *y,
-                        int64_t dtype, int wide)
+static void finish(const layer *l, const scratch *s, int64_t from, int64_t to, const void *bias, void *y, int64_t tokens,
+                   int64_t dtype, int wide)
 {
-    const int64_t rank = l->right.w.rows, stride = sixteens(rank);
-    for (int64_t m = from; m < to; m++)
-        if (!wide && dtype == BFLOAT16 && !bias) {
-            const uint16_t *right = (const uint16_t *)s->right + m * stride;
-            uint16_t *out = (uint16_t *)y + m * l->rows;
-            for (int64_t j = 0; j < rank; j++) out[l->pivots[j]] = right[j];
-        } else
-            for (int64_t j = 0; j < rank; j++) {
-                const int64_t at = l->pivots[j];
-                float value = wide ? ((const float *)s->right)[m * stride + j]
-                                   : widened(((const uint16_t *)s->right)[m * stride + j]);
-                if (bias) value += dtype == BFLOAT16 ? widened(((const uint16_t *)bias)[at]) : ((const float *)bias)[at];
-                if (dtype == BFLOAT16) ((uint16_t *)y)[m * l->rows + at] = to_bfloat16((vf){0} + value)[0];
-                else ((float *)y)[m * l->rows + at] = value;
-            }
+    if (dtype == FLOAT32) finish_tokens(l, s, from, to, bias, y, tokens, 1, 1);
+    else if (wide) finish_tokens(l, s, from, to, bias, y, tokens, 0, 1);
+    else finish_tokens(l, s, from, to, bias, y, tokens, 0, 0);
 }
 
 /* One thread's share of a stage for tokens first .. first + tokens - 1. x: of the first of them, y: of all. */
@@ -143,14 +166,16 @@ static void stage(int second, const layer *layers, int64_t count, const scratch 
             product p = {l->left.w, tokens, sixteens(l->right.w.rows), dtype, s->right, bias[i], out, 0};
             const span own = own_tiles(&l->left, &done, all, thread, threads);
             if (s->left) p.w.rows = sixteens(rows), p.dtype = FLOAT32, p.bias = 0, p.y = s->left;
-            if (own.begin < own.end) {
-                l->left.run(&p, own.begin, own.end, wide);
-                const int64_t end = own.end * ROWS;
-                if (s->left) finish(l, s, own.begin * ROWS, end < rows ? end : rows, bias[i], out, tokens, dtype);
+            if (!s->left) {
+                if (own.begin < own.end) l->left.run(&p, own.begin, own.end, wide);
+                continue;
+            }
+            for (int64_t tile = own.begin; tile < own.end; tile += SOME_TILES) {
+                const int64_t end = own.end - tile < SOME_TILES ? own.end : tile + SOME_TILES, stop = end * ROWS;
+                l->left.run(&p, tile, end, wide);
+                finish(l, s, tile * ROWS, stop < rows ? stop : rows, bias[i], out, tokens, dtype, wide);
             }
         }
-        if (second && l->pivots)
-            copy_pivots(l, s, tokens * thread / threads, tokens * (thread + 1) / threads, bias[i], out, dtype, wide);
     }
 }
 
@@ -184,7 +209,7 @@ int run_stages(const layer *layers, int64_t count, const void *x, int64_t column
     const int64_t stride = sixteens(columns);
     const int placed = stride != columns || size != given;
     scratch room[count];
-    int64_t bytes = placed ? chunk * stride * size + 64 : 0;
+    int64_t bytes = 64 + (placed ? chunk * stride * size + 64 : 0); /* the last rows are read beyond their ends */
     int two = 0;
     for (int64_t i = 0; i < count; i++) {
         const layer *l = layers + i;

@@ -15,7 +15,7 @@ from trifold.kernels import native
 
 BLOCK, ROWS = 16, 16
 _SOURCE, _HALVES = (Path(__file__).parent / name for name in ("stages.c", "halves.c"))
-_MOST_TOKENS = 128  # that go through both stages before the next do: what is between them stays in the cache
+_MOST_TOKENS = 64  # that go through both stages before the next do: what is between them stays in the cache
 _WORTH = 2**16  # weights that are worth another thread
 _Pair = tuple[int, Callable[..., None]]
 
@@ -31,8 +31,8 @@ class Part(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """x Bᵀ, (x Rᵀ) Lᵀ or the sum of both. tensors, layout: of B, R and L, of what is there; then `places`, int64, of L's
-    outputs, and `pivots`, those of R that are outputs themselves. As torch's operators take them."""
+    """x Bᵀ, (x Rᵀ) Lᵀ or the sum of both. tensors, layout: of B, R and L, of what is there, and of `pivots` and `places`
+    as `stages.c` describes them; in the form that torch's operators take."""
 
     tensors: tuple[torch.Tensor, ...]
     layout: tuple[int, ...]
@@ -46,6 +46,7 @@ class Layer(NamedTuple):
         pivots: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
     ) -> Layer:
+        """pivots: (rank,), places: (out - rank,) int64, ascending: which outputs are those of R, and of L."""
         first, last = right or base, base or left
         assert first is not None and last is not None
         rows = last.shape[0] + (0 if pivots is None else len(pivots))
@@ -57,9 +58,17 @@ class Layer(NamedTuple):
                 continue
             layout += [part.bits, *part.shape, int(part.zero is not None)]
             tensors += [part.codes, part.scale, part.zero]
-        layout += [int(t is not None) for t in (pivots, places)]
-        tensors += [pivots, places]
+        bits = None if pivots is None else _bits(pivots, rows)
+        layout.append(int(bits is not None))
+        tensors += [bits, places]
         return Layer(tuple(t for t in tensors if t is not None), tuple(layout), (rows, first.shape[1]))
+
+
+def _bits(numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """A bit for each of `count`, set for the given ones, and 4 bytes more; uint8."""
+    every = torch.zeros(-(-count // 8) * 8 + 32, dtype=torch.uint8)
+    every[numbers] = 1
+    return (every.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 class _Part(ctypes.Structure):
@@ -99,7 +108,7 @@ def _part(variant: str, layout: Sequence[int], tensors: Iterator[torch.Tensor]) 
 def _layer(variant: str, layer: Layer) -> _Layer:
     tensors, layout = iter(layer.tensors), layer.layout
     parts = [_part(variant, layout[at : at + 7], tensors) for at in (2, 9, 16)]
-    pivots, places = (next(tensors).data_ptr() if there else None for there in layout[23:25])
+    pivots, places = (next(tensors).data_ptr() if layout[23] else None for _ in range(2))
     return _Layer(*parts, places, pivots, layer.shape[0])
 
 
@@ -111,7 +120,7 @@ def bind(
 
     Raises MemoryError.
     """
-    count, run = len(layers), _driver()
+    count, run = len(layers), _driver(variant)
     structs = (_Layer * count)(*(_layer(variant, layer) for layer in layers))
     rows, columns = [layer.shape[0] for layer in layers], layers[0].shape[1]
     worth = max(1, sum(layer.shape[0] * layer.shape[1] for layer in layers) // _WORTH)
@@ -141,8 +150,8 @@ def bind(
 
 
 @cache
-def _driver() -> Callable[..., int]:
-    function = _compiled(_SOURCE, ()).run_stages
+def _driver(variant: str) -> Callable[..., int]:
+    function = _compiled(_SOURCE, native.VARIANTS[variant].flags).run_stages
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [pointer, count, pointer, count, pointer, pointer, *[count] * 5]
     return function
@@ -186,7 +195,7 @@ def lacking(variant: str) -> str | None:
     if reason is not None:
         return reason
     try:
-        _driver(), _halves(variant)
+        _driver(variant), _halves(variant)
         loaded = native.load(variant, 4) if variant == "amx" else None  # asks for the registers
     except NotCompiledError as error:
         return str(error)
