@@ -1,12 +1,15 @@
 """bfloat16 weights as the instructions take them."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from packed_samples import strict
 
 from trifold.core.canonical import Dense, LowRank
+from trifold.core.native import NotCompiledError
+from trifold.core.native import compiled as compiled_source
 from trifold.formats import describe, pack
 from trifold.kernels import PackedLinear
 from trifold.kernels.native import VARIANTS, stages
@@ -111,3 +114,23 @@ def test_columns_reach_their_places(monkeypatch, dtype, tokens):
         places.place(a, own, found)
         places.place(b, other, found)
         assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif("avx512_bf16" not in RUNNABLE, reason="the rest of the source needs AVX512-BF16")
+def test_tiles_of_amx(monkeypatch):
+    """With the instructions in plain C: what is loaded, from where, and what becomes of odd sizes."""
+    header = Path(__file__).parent / "native_checks" / "tiles.h"
+    emulated = ("-include", str(header), "-D__AMX_BF16__", *VARIANTS["avx512_bf16"].flags)
+    try:
+        library = compiled_source(stages._HALVES, ("-DBITS=16", *emulated))
+    except NotCompiledError as error:
+        pytest.skip(str(error))
+    pair = stages._halves("avx512_bf16")
+    monkeypatch.setattr(stages, "_halves", lambda variant: (stages._address(library), pair[1]))
+    for rows, columns in (*SHAPES, (150, 80), (48, 300)):
+        weight = numbers(rows, columns)
+        part = stages.Part(16, (rows, columns, columns, 0, 0), stages.pack_halves("avx512_bf16", weight))
+        call = stages.bind([stages.Layer.of(base=part)], "avx512_bf16")
+        for tokens in (1, 4, 5, 15, 16, 17, 31, 32, 33, 130):
+            x = numbers(tokens, columns, seed=1)
+            assert strict(call(x, [None])[0], x, weight) <= 1
