@@ -25,7 +25,7 @@ from trifold.kernels.sparse import naive as sparse_naive
 from trifold.kernels.sparse.gpu import bitmap as gpu_bitmap
 from trifold.kernels.sparse.gpu import groups as gpu_groups
 from trifold.kernels.sparse.library import VARIANTS as SPARSE_VARIANTS
-from trifold.kernels.weight_only import blockwise, cpu, dense, naive, onednn, torch_int4
+from trifold.kernels.weight_only import blockwise, cpu, dense, halves, naive, torch_int4
 from trifold.kernels.weight_only import torch_int8 as weight_int8
 from trifold.kernels.weight_only.planes import op as planes
 
@@ -59,7 +59,7 @@ TABLE: tuple[Row, ...] = (
     Row(("group_sparse_int",), "as it is", "cuda", None, gpu_groups.TritonGroups()),
     Row(("sparse24",), "as it is", "cuda", None, torch24.TorchSparse24()),
     Row(_BITMAPS, "as it is", "cuda", None, gpu_bitmap.TritonBitmap()),
-    Row(("dense", "low_rank"), "as it is", "cpu", torch.bfloat16, onednn.OneDNN()),
+    *(Row(("dense", "low_rank"), "as it is", "cpu", None, halves.Halves(name)) for name in halves.VARIANTS),
     Row(("dense",), "as it is", None, None, dense.Dense()),
     Row(("low_rank",), "as it is", None, None, dense.LowRank()),
     Row(("identity",), "as it is", None, None, dense.Identity()),
