@@ -80,9 +80,11 @@ def prepare(
             if recipe.has_static_inputs:
                 why += " for its static activation scales (input.static=false finds them at run time)"
             raise CalibrationError(f"recipe {recipe.name!r} {why}; give it with --calib FILE")
-        windows = random_windows(source.config, recipe.seed)
+        windows, more = random_windows(source.config, recipe.seed), None
     else:
-        windows = text_windows(calibration, source.tokenizer, source.config, recipe.nsamples, recipe.seqlen)
+        limit = recipe.nsamples * (1 + recipe.more_text)
+        windows = text_windows(calibration, source.tokenizer, source.config, limit, recipe.seqlen)
+        windows, more = windows.divided(recipe.nsamples)
         found = lint(windows, plan, source.tokenizer, source.name)
         windows = replace(windows, notices=(*windows.notices, *found))
     config = source.config.get_text_config()
@@ -100,7 +102,7 @@ def prepare(
         source.check_finite()
     tokens = CALIBRATION_TOKENS.get(torch.device(source.device).type, TOKENS_PER_BATCH)
     size = options.batch_size or default_batch_size(windows, tokens)
-    job = Job(source, recipe, plan, windows, calibration is not None, topology, size, options, report, processes)
+    job = Job(source, recipe, plan, windows, more, calibration is not None, topology, size, options, report, processes)
     if processes.size > 1 and cuts(plan):
         raise RecipeError("dimensions are divided by one process; start this recipe without torchrun")
     if job.observed and len(job.batches) < processes.size:
@@ -294,6 +296,7 @@ def _fingerprint(job: Job) -> dict[str, Any]:
         "dtype": job.dtype_name,
         "device": str(job.source.device),
         "calibration": job.windows.digest if job.observed else None,
+        "more text": job.more.digest if job.more else None,
         "batch_size": job.batch_size,
         "threads": torch.get_num_threads(),
         "processes": job.processes.size,
@@ -319,6 +322,7 @@ def _report(
             "windows": len(job.windows.ids),
             "seqlen": job.windows.seqlen,
             "tokens": job.windows.total_tokens,
+            "more_tokens": job.more.total_tokens if job.more else 0,
             "bos": job.windows.bos,
             "notices": list(job.windows.notices),
         }
