@@ -13,8 +13,8 @@ from trifold.core.product import Product
 from trifold.formats.base import Spec
 from trifold.kernels.compose import COMPOSITIONS
 from trifold.kernels.dispatch import Choice, explain, resolve
-from trifold.kernels.op import Op
 from trifold.kernels.native.stages import bind
+from trifold.kernels.op import Op
 from trifold.kernels.rows import row_blocks
 from trifold.kernels.shared_input import SharedInput
 from trifold.kernels.staged import Staged, staged
