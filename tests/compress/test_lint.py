@@ -46,8 +46,8 @@ def test_repeated_windows_and_passages():
     (line,) = lint(windows(*rows, *rows[:2]), plan(8), None, "model")
     assert "2 of 6 windows repeat others" in line
     one, two, three = distinct(3, 200)
-    stream = torch.tensor([*one, *two, *one])  # the second time across other borders of windows
-    found = windows_from_samples(list(stream[:576].split(64)), None, 64, None)
+    stream = torch.tensor([*one, *two, *one, *two])  # the second time across other borders of windows
+    found = windows_from_samples(list(stream[:768].split(64)), None, 64, None)
     (line,) = lint(found, plan(8), None, "model")
     assert "% of its passages of 32 tokens repeat others word for word" in line
     stream = torch.tensor([*one, *two, *three])
