@@ -71,14 +71,15 @@ def start(model: Path, recipe: list[str], calib: Path, output: Path, sizes: list
     os._exit(1)
 
 
-def ended(process: int, seconds: float | None = None) -> bool:
+def ended(process: int, output: Path, seconds: float | None = None) -> bool:
     """Whether it ends within this time. Stops if it fails."""
     deadline = None if seconds is None else time.monotonic() + seconds
     while deadline is None or time.monotonic() < deadline:
         found, status = os.waitpid(process, os.WNOHANG if deadline is not None else 0)
         if found:
             if status:
-                sys.exit(f"a run ended with {os.waitstatus_to_exitcode(status)}")
+                code, told = os.waitstatus_to_exitcode(status), output.with_name("messages").read_text()
+                sys.exit(f"a run ended with {code}:\n{told}")
             return True
         time.sleep(0.002)
     return False
@@ -108,13 +109,13 @@ def check(
 ) -> Outcome:
     """Kill at so many moments of runs that go on where the one before was, and of new ones when one is done."""
     output, started = work / "out", time.monotonic()
-    ended(start(model, recipe, calib, work / "quiet", sizes))
+    ended(start(model, recipe, calib, work / "quiet", sizes), work / "quiet")
     outcome = Outcome(model.name, " ".join(recipe), kind, time.monotonic() - started)
     wanted = files(work / "quiet")
     while sum(outcome.places.values()) < moments or not outcome.finished:
         last = sum(outcome.places.values()) >= moments
         process = start(model, recipe, calib, output, sizes)
-        if ended(process, None if last else random.uniform(0.05, 0.9) * outcome.seconds):
+        if ended(process, output, None if last else random.uniform(0.05, 0.9) * outcome.seconds):
             outcome.finished += 1
             found = files(output)
             if found != wanted:

@@ -20,6 +20,7 @@ from trifold.compress.integration.load import load, read_compressed
 from trifold.compress.integration.modules import install
 from trifold.compress.job import Job, Options, room_of
 from trifold.compress.journal import Follower, Journal, reference
+from trifold.compress.memory import leave_the_heap
 from trifold.compress.preflight import prepare
 from trifold.compress.processes import join, leave
 from trifold.compress.progress import Reporter
@@ -224,6 +225,7 @@ def run(
     """Compress to a folder (returns None and the report) or into a model (returns it and the report)."""
     if output is not None:
         checkpoint.check_output(output)
+    leave_the_heap()
     processes = join()
     if not processes.writes:
         report.level = -1
