@@ -164,6 +164,7 @@ def main() -> None:
                  for share in KEEP if f"{share:.0%}" in kept}  # fmt: skip
         protocol = f"{args.nsamples} x {args.seqlen} tokens of calibration, {args.max_windows} windows scored"
         where = ", ".join(f"{k} {v}" for k, v in machine().items())
+        where += "; with cells of an earlier run" * bool(before)
         text = f"{Path(args.model).name}: {protocol}; dense perplexity {dense['perplexity']:.3f}.\n\n"
         text += f"Factors in 16 bits:\n\n{methods_table(dense, shown)}\n"
         text += f"Folds at several sizes:\n\n{sizes_table(dense, sizes)}\n"

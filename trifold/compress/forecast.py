@@ -106,10 +106,10 @@ def forecast(
     }
     if plan.rewrites and text.observed:
         again = hidden // streams if any(method.cuts for _, method, _ in plan.rewrites) and not room.offload else 0
-        stages["rewrite"] = max(_rewrite(b, plan, room) for b in parts) + kept + again + forward + HEAP
+        stages["rewrite"] = max(_rewrite(b, plan, room, forward) for b in parts) + kept + again + HEAP
     if any(layer.method.budget for layer in plan.layers.values()):
         beside = hidden // streams
-        stages["allocate"] = max(map(_allocate, parts)) + kept + (0 if room.offload else beside) + forward + HEAP
+        stages["allocate"] = max(_allocate(b, forward) for b in parts) + kept + (0 if room.offload else beside) + HEAP
     if plan.tuners:
         stages["tune"] = max(_tune(plan, parts)) + packed_outside + kept + logits * 2
     device = {}
@@ -251,16 +251,16 @@ def _solve(block: _Block, text: Text, copies: int) -> int:
     return copies * block.dense + block.packed // 2 + max(map(stage, block.stages), default=0)
 
 
-def _allocate(block: _Block) -> int:
-    """Gram matrices of the dense block's inputs, its weights in float32, and one layer's curve."""
+def _allocate(block: _Block, forward: int) -> int:
+    """Gram matrices of the dense block's inputs, its weights in float32, and a pass or one layer's curve."""
     grams = sum(Gram.nbytes(stage[0].shape[1]) for stage in block.stages)
     layers = [layer for stage in block.stages for layer in stage]
     curve = max((layer.method.workspace([layer.shape]) for layer in layers), default=0)
-    return block.dense + grams + sum(4 * math.prod(layer.shape) for layer in layers) + curve
+    return block.dense + grams + sum(4 * math.prod(layer.shape) for layer in layers) + max(forward, curve)
 
 
-def _rewrite(block: _Block, plan: Plan, room: Room) -> int:
-    """Float32 weights of the block, and what a method gathers of all its inputs at once."""
+def _rewrite(block: _Block, plan: Plan, room: Room, forward: int) -> int:
+    """Float32 weights of the block, what a method gathers of all its inputs at once, and a pass or what it works in."""
     kinds: set[type[Statistic]] = {Gram, *(kind for _, method, _ in plan.rewrites for kind in method.gathers)}
     inputs = [stage[0].shape[1] for stage in block.stages] or _inputs(block.cut)
     together = sum(sum(kind.nbytes(width) for kind in kinds) for width in inputs)
@@ -269,7 +269,8 @@ def _rewrite(block: _Block, plan: Plan, room: Room) -> int:
     largest = max((kind.nbytes(block.widest()) for kind in kinds), default=0)
     widest = max(block.cut, key=lambda shape: shape[1], default=(0, 0))
     working = max((method.workspace(widest) for _, method, _ in plan.rewrites), default=0)
-    return block.dense + weights + max(largest, min(together, int(room.for_statistics()))) + working
+    held = max(largest, min(together, int(room.for_statistics())))
+    return block.dense + weights + held + max(forward, working)
 
 
 def _inputs(shapes: Sequence[tuple[int, int]]) -> list[int]:

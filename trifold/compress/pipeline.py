@@ -133,7 +133,7 @@ def _shares(walk: Walk, noted: Mapping[str, float] | None) -> Mapping[str, float
     job = walk.job
     if not has_budget(job.plan):
         return {}
-    shares: Mapping[str, float] = job.processes.same(noted) or allocate_shares(walk)
+    shares: Mapping[str, float] = job.processes.same(noted) or job.processes.same(allocate_shares(walk))
     job.plan = with_shares(job.plan, shares)
     return shares
 

@@ -82,10 +82,10 @@ def survey(walk: Walk) -> dict[str, Any]:
             alike, tokens = alike + float(cosine.double().sum()), tokens + cosine.numel()
             if batch:
                 hidden[batch].copy_(after)
-        alike, tokens = job.processes.total(alike, tokens)
+        alike, seen = job.processes.total(alike, tokens)
         for (step, method, _), context in zip(methods, contexts, strict=True):
-            seen = method.survey(context, 1 - alike / tokens) if job.processes.writes else None
-            found[step].append(job.processes.same(seen))
+            known = method.survey(context, 1 - alike / seen) if job.processes.writes else None
+            found[step].append(job.processes.same(known))
         hidden[0].copy_(after)
         source.close_block(index)
     walk.forget(hidden)
