@@ -52,6 +52,9 @@ class PackedLinear(PackedModule):
 
         Raises ValueError if x has another number of features, TypeError if it is not floating point.
         """
+        beside = self.beside
+        if beside is not None and not torch.compiler.is_compiling() and (y := beside.output(self, x)) is not None:
+            return y
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, the layer takes {self.in_features}")
         if x.is_meta:
@@ -59,9 +62,7 @@ class PackedLinear(PackedModule):
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return PackedLinear.forward(self, x)
-        if self.beside is not None and _plain(x) and (shared := self.beside.output(self, x)) is not None:
-            return shared
-        y = self.multiply(x.reshape(-1, self.in_features), self.bias)
+        y = self.multiply(x.reshape(-1, self.in_features), self._parameters["bias"])
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -158,13 +159,6 @@ class PackedLinear(PackedModule):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.bias is not None}"
-
-
-def _plain(x: torch.Tensor) -> bool:
-    """Whether outputs for x may be kept for a moment: on a CPU, of a tensor whose changes are counted."""
-    if x.device.type != "cpu" or type(x) is not torch.Tensor or torch.compiler.is_compiling() or x.is_inference():
-        return False
-    return x.numel() > 0 and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:

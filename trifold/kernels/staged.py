@@ -6,6 +6,7 @@ factors with pivot rows, or a weight with a low-rank residual.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,11 +33,11 @@ class Staged(NamedTuple):
     layer: Layer
     variant: str
     most: int
-    held: tuple[tuple[PackedLinear, Tensors], ...]
+    held: tuple[tuple[weakref.ref[PackedLinear], Tensors], ...]
 
     def holds(self) -> bool:
         """Whether the modules still have these tensors."""
-        return all(module.holding(tensors) for module, tensors in self.held)
+        return all((module := ref()) is not None and module.holding(tensors) for ref, tensors in self.held)
 
 
 def staged(module: PackedLinear, dtype: torch.dtype) -> Staged | None:
@@ -60,7 +61,7 @@ def staged(module: PackedLinear, dtype: torch.dtype) -> Staged | None:
         held[divided] = divided.hold(COMPOSITIONS["split"])
         places = held[divided]["places"].split(heights(divided.spec))
         given["pivots"], given["places"] = places
-    return Staged(Layer.of(**given), variants.pop(), min(limits), tuple(held.items()))
+    return Staged(Layer.of(**given), variants.pop(), min(limits), tuple((weakref.ref(m), t) for m, t in held.items()))
 
 
 def _roles(module: PackedLinear) -> dict[str, PackedLinear] | None:

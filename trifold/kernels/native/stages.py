@@ -129,13 +129,14 @@ def bind(
     def call(x: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         tokens, half = x.shape[0], x.dtype == torch.bfloat16
         outputs = [x.new_empty(tokens, n) for n in rows]
+        given = [None if bias is None else bias.data_ptr() for bias in biases]
         failed = run(
             structs,
             count,
             x.data_ptr(),
             columns,
-            pointers(*(None if bias is None else bias.data_ptr() for bias in biases)),
-            pointers(*(y.data_ptr() for y in outputs)),
+            pointers(*given),
+            pointers(*[y.data_ptr() for y in outputs]),
             tokens,
             int(half),
             int(not (half and narrow)),
