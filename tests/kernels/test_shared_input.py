@@ -16,9 +16,7 @@ from trifold.formats import describe, pack
 from trifold.kernels import shared_input
 from trifold.kernels.native import VARIANTS, stages
 
-pytestmark = pytest.mark.skipif(
-    all(stages.lacking(name) is not None for name in VARIANTS), reason="no C compiler"
-)
+pytestmark = pytest.mark.skipif(all(stages.lacking(name) is not None for name in VARIANTS), reason="no C compiler")
 SIZE = 64
 WEIGHTS = {
     "q": Chain((Split(0, index(24, 40), (Identity(24), dense(40, 24))), dense(24, SIZE))),

@@ -13,8 +13,8 @@ from trifold.core.product import Product
 from trifold.formats.base import Spec
 from trifold.kernels.compose import COMPOSITIONS
 from trifold.kernels.dispatch import Choice, explain, resolve
-from trifold.kernels.op import Op
 from trifold.kernels.native.stages import bind
+from trifold.kernels.op import Op
 from trifold.kernels.rows import row_blocks
 from trifold.kernels.shared_input import SharedInput
 from trifold.kernels.staged import Staged, staged
@@ -112,9 +112,9 @@ class PackedLinear(PackedModule):
         if plain:
             y: torch.Tensor = found[1](x.contiguous(), [None if bias is None else bias.contiguous()])[0]
             return y
-        layer, variant = found[0].layer, found[0].variant
-        y = torch.ops.trifold.staged_linear(x, bias, layer.tensors, layer.layout, variant)
-        return y
+        layer = found[0].layer
+        compiled: torch.Tensor = torch.ops.trifold.staged_linear(x, bias, layer.tensors, layer.layout, found[0].variant)
+        return compiled
 
     def op(self, x: torch.Tensor) -> Op:
         """What runs activations of x's dtype on its device."""

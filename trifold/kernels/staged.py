@@ -101,6 +101,8 @@ def _most_tokens(op: Op, spec: Spec, dtype: torch.dtype) -> int:
 def _parts(name: str, spec: Spec, tensors: Tensors) -> dict[str, Part]:
     if spec["format"] in ("dense", "low_rank"):
         found = halves.parts(tensors, spec)
-        return {"right": found["weight_right"], "left": found["weight"]} if name == "factors" else {name: found["weight"]}
+        return (
+            {"right": found["weight_right"], "left": found["weight"]} if name == "factors" else {name: found["weight"]}
+        )
     codes, scale, zero, _, shape, bits = stored(tensors, spec)
     return {name: Part(bits, shape, codes, scale, zero)}

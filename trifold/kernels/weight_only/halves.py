@@ -1,7 +1,7 @@
 """bfloat16 numbers beside compressed parts, such as the factors of low rank, in C.
 
-torch's `linear` lets oneDNN reorder bfloat16 weights in every call; thin factors, of which a layer has two, are then far
-from the speed of memory. Here they lie as the instructions take them, and both products are one call
+torch's `linear` lets oneDNN reorder bfloat16 weights in every call; thin factors, of which a layer has two, are then
+far from the speed of memory. Here they lie as the instructions take them, and both products are one call
 (`kernels/native/stages.c`). Activations keep their precision; what is between two factors is rounded as two products
 would, once.
 """
@@ -17,7 +17,6 @@ from trifold.kernels.op import Call, Op, Tensors
 from trifold.kernels.rows import row_blocks
 from trifold.kernels.weight_only.cpu import DENSE_FROM
 
-VARIANTS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -83,7 +82,9 @@ class Halves(Op):
         y: torch.Tensor = torch.ops.trifold.staged_linear(x, bias, layer.tensors, layer.layout, self.variant)
         return y
 
-    def _dense(self, x: torch.Tensor, tensors: Tensors, name: str, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
+    def _dense(
+        self, x: torch.Tensor, tensors: Tensors, name: str, spec: Spec, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         """The platform's product, with blocks of rows in their own order."""
         size = _shapes(spec)[name]
         y = x.new_empty(x.shape[0], size[0])
