@@ -123,6 +123,10 @@ def test_compiled_graphs_have_it_as_one_operator(name):
         assert torch.equal(compiled(x), y)
     (graph,) = graphs
     assert [str(n.target) for n in graph.graph.nodes if "trifold" in str(n.target)] == ["trifold.staged_linear"]
+    zeros = {leaf: torch.zeros_like(t) for leaf, t in module.state_dict().items() if leaf != "weight"}
+    module.load_state_dict(zeros, strict=False)
+    with torch.no_grad():
+        assert torch.equal(module(x), torch.zeros_like(y)) and torch.equal(compiled(x), torch.zeros_like(y))
 
 
 def test_the_same_for_any_number_of_threads(monkeypatch):

@@ -106,7 +106,7 @@ class PackedLinear(PackedModule):
             return None
         plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
         found = self._staged(x.dtype) if plain else self._stages.get(x.dtype)
-        if found is None or x.shape[0] > found[0].most:
+        if found is None or x.shape[0] > found[0].most or not (plain or found[0].holds()):
             return None
         bias = None if bias is None else bias.to(x.dtype)
         if plain:
