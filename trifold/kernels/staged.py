@@ -23,8 +23,8 @@ from trifold.kernels.weight_only.halves import Halves
 if TYPE_CHECKING:
     from trifold.kernels.packed_linear import PackedLinear
 
-_MOST_TOKENS = {"amx": 4}
-"""Up to which codes are multiplied in stages, 32 elsewhere; for more their own op is faster."""
+_FEW_TOKENS = {"amx": 4}
+"""Up to which codes are multiplied in stages where their own op has another kernel for more."""
 
 
 class Staged(NamedTuple):
@@ -95,7 +95,7 @@ def _most_tokens(op: Op, spec: Spec, dtype: torch.dtype) -> int:
     group = scheme.group_width(columns)
     if scheme.table is not None or scheme.zero_point == "real" or (group % BLOCK and group < columns):
         return 0
-    return min(_MOST_TOKENS.get(op.variant, 32), DENSE_FROM[op.variant][dtype] - 1)
+    return min(_FEW_TOKENS.get(op.variant, 2**62), DENSE_FROM[op.variant][dtype] - 1)
 
 
 def _parts(name: str, spec: Spec, tensors: Tensors) -> dict[str, Part]:
