@@ -17,7 +17,7 @@ from trifold.kernels.compose import COMPOSITIONS, heights
 from trifold.kernels.native.stages import BLOCK, Layer, Part
 from trifold.kernels.op import Op, Tensors
 from trifold.kernels.weight_only import halves
-from trifold.kernels.weight_only.cpu import DENSE_FROM, Compiled, stored
+from trifold.kernels.weight_only.cpu import Compiled, stored
 from trifold.kernels.weight_only.halves import Halves
 
 if TYPE_CHECKING:
@@ -88,14 +88,14 @@ def _roles(module: PackedLinear) -> dict[str, PackedLinear] | None:
 def _most_tokens(op: Op, spec: Spec, dtype: torch.dtype) -> int:
     """0 if the op's layout is not one that stages take."""
     if isinstance(op, Halves):
-        return op.most_tokens(dtype) - 1
+        return op.most_tokens(dtype)
     if not isinstance(op, Compiled) or spec.get("input"):
         return 0
     scheme, columns = scheme_of(spec), spec["shape"][1]
     group = scheme.group_width(columns)
     if scheme.table is not None or scheme.zero_point == "real" or (group % BLOCK and group < columns):
         return 0
-    return min(_FEW_TOKENS.get(op.variant, 2**62), DENSE_FROM[op.variant][dtype] - 1)
+    return min(_FEW_TOKENS.get(op.variant, 2**62), op.most_tokens(dtype))
 
 
 def _parts(name: str, spec: Spec, tensors: Tensors) -> dict[str, Part]:
