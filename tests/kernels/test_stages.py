@@ -158,6 +158,14 @@ def test_what_is_not_finite_stays_where_it_is():
     assert y[2].isnan().any() and torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
+def test_elsewhere_it_has_no_stages_and_back_it_has():
+    module, x = layer(WEIGHTS["pivots"]), tokens(2, 431)
+    y = module(x)
+    weights = copy.deepcopy(module).to("meta")
+    assert weights.stages(x.dtype) is None and weights.to_empty(device="cpu").stages(x.dtype) is not None
+    assert torch.equal(module(x), y)
+
+
 def test_gradients_go_by_the_parts():
     module, x = layer(WEIGHTS["int4 pivots"]), tokens(3, 96, torch.float32)
     with torch.no_grad():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -153,6 +154,10 @@ class PackedLinear(PackedModule):
         for start, stop in row_blocks(self.out_features, self.in_features, grad.device):
             total += grad[:, start:stop] @ op.rows(tensors, self.spec, start, stop, grad.dtype)
         return total.to(grad.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self._stages = {}
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_ops": {}, "_products": None, "_stages": {}}

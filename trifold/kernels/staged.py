@@ -48,6 +48,8 @@ def staged(module: PackedLinear, dtype: torch.dtype) -> Staged | None:
     divided = roles.pop("split", None)
     if any("parts" in leaf.spec for leaf in roles.values()):
         return None
+    if any(tensor.device.type != "cpu" for tensor in (*module.parameters(), *module.buffers())):
+        return None
     ops = {name: leaf.op_for(dtype, torch.device("cpu")) for name, leaf in roles.items()}
     limits = [_most_tokens(op, roles[name].spec, dtype) for name, op in ops.items()]
     variants = {getattr(op, "variant", "") for op in ops.values()}
