@@ -4,8 +4,8 @@
 
 Hidden size 2048, 5632 inside the MLP, 22 blocks, a vocabulary of 32000 with an untied head that stays dense. The
 packed checkpoint has random codes in groups of 128, or with `--keep` random factors of that share of the bytes, in
-bfloat16 or of `--bits`, since only speed and memory are of interest. Loading runs in a process of its own, whose peak beyond the imports is compared
-with the size of the checkpoint.
+bfloat16 or of `--bits`, since only speed and memory are of interest. Loading runs in a process of its own, whose peak
+beyond the imports is compared with the size of the checkpoint.
 """
 
 from __future__ import annotations

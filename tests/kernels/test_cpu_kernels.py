@@ -20,13 +20,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture
 def never_dense(monkeypatch):
     """Kernels for every number of tokens."""
-    monkeypatch.setattr(cpu, "DENSE_FROM", {name: dict.fromkeys(DTYPES, 10**9) for name in VARIANTS})
+    monkeypatch.setattr(cpu, "_DENSE_FROM", {name: dict.fromkeys(DTYPES, 10**9) for name in VARIANTS})
 
 
 @pytest.fixture
 def always_dense(monkeypatch):
     """Dequantised tiles, tiny ones, for every number of tokens."""
-    monkeypatch.setattr(cpu, "DENSE_FROM", {name: dict.fromkeys(DTYPES, 1) for name in VARIANTS})
+    monkeypatch.setattr(cpu, "_DENSE_FROM", {name: dict.fromkeys(DTYPES, 1) for name in VARIANTS})
     monkeypatch.setattr("trifold.kernels.rows._TILE", {"cpu": 64})
 
 

@@ -123,6 +123,10 @@ def test_compiled_graphs_have_it_as_one_operator(name):
         assert torch.equal(compiled(x), y)
     (graph,) = graphs
     assert [str(n.target) for n in graph.graph.nodes if "trifold" in str(n.target)] == ["trifold.staged_linear"]
+    zeros = {leaf: torch.zeros_like(t) for leaf, t in module.state_dict().items() if leaf != "weight"}
+    module.load_state_dict(zeros, strict=False)
+    with torch.no_grad():
+        assert torch.equal(module(x), torch.zeros_like(y)) and torch.equal(compiled(x), torch.zeros_like(y))
 
 
 def test_the_same_for_any_number_of_threads(monkeypatch):
@@ -152,6 +156,14 @@ def test_what_is_not_finite_stays_where_it_is():
     x[2, 7] = torch.nan
     y = module(x)
     assert y[2].isnan().any() and torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
+def test_elsewhere_it_has_no_stages_and_back_it_has():
+    module, x = layer(WEIGHTS["pivots"]), tokens(2, 431)
+    y = module(x)
+    weights = copy.deepcopy(module).to("meta")
+    assert weights.stages(x.dtype) is None and weights.to_empty(device="cpu").stages(x.dtype) is not None
+    assert torch.equal(module(x), y)
 
 
 def test_gradients_go_by_the_parts():

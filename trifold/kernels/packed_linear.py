@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -52,6 +53,9 @@ class PackedLinear(PackedModule):
 
         Raises ValueError if x has another number of features, TypeError if it is not floating point.
         """
+        beside = self.beside
+        if beside is not None and not torch.compiler.is_compiling() and (y := beside.output(self, x)) is not None:
+            return y
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, the layer takes {self.in_features}")
         if x.is_meta:
@@ -59,9 +63,7 @@ class PackedLinear(PackedModule):
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return PackedLinear.forward(self, x)
-        if self.beside is not None and _plain(x) and (shared := self.beside.output(self, x)) is not None:
-            return shared
-        y = self.multiply(x.reshape(-1, self.in_features), self.bias)
+        y = self.multiply(x.reshape(-1, self.in_features), self._parameters["bias"])
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -105,15 +107,15 @@ class PackedLinear(PackedModule):
             return None
         plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
         found = self._staged(x.dtype) if plain else self._stages.get(x.dtype)
-        if found is None or x.shape[0] > found[0].most:
+        if found is None or x.shape[0] > found[0].most or not (plain or found[0].holds()):
             return None
         bias = None if bias is None else bias.to(x.dtype)
         if plain:
             y: torch.Tensor = found[1](x.contiguous(), [None if bias is None else bias.contiguous()])[0]
             return y
-        layer, variant = found[0].layer, found[0].variant
-        y = torch.ops.trifold.staged_linear(x, bias, layer.tensors, layer.layout, variant)
-        return y
+        layer = found[0].layer
+        compiled: torch.Tensor = torch.ops.trifold.staged_linear(x, bias, layer.tensors, layer.layout, found[0].variant)
+        return compiled
 
     def op(self, x: torch.Tensor) -> Op:
         """What runs activations of x's dtype on its device."""
@@ -153,18 +155,15 @@ class PackedLinear(PackedModule):
             total += grad[:, start:stop] @ op.rows(tensors, self.spec, start, stop, grad.dtype)
         return total.to(grad.dtype)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self._stages = {}
+        return super()._apply(fn, recurse)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_ops": {}, "_products": None, "_stages": {}}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.bias is not None}"
-
-
-def _plain(x: torch.Tensor) -> bool:
-    """Whether outputs for x may be kept for a moment: on a CPU, of a tensor whose changes are counted."""
-    if x.device.type != "cpu" or type(x) is not torch.Tensor or torch.compiler.is_compiling() or x.is_inference():
-        return False
-    return x.numel() > 0 and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -30,9 +30,13 @@ class SharedInput:
         self._seen = _Seen()
 
     def output(self, module: PackedLinear, x: torch.Tensor) -> torch.Tensor | None:
-        """`module`'s output for x (..., in), if others are computed with it; else None. Nobody wants gradients."""
+        """`module`'s output for x (..., in), if others are computed with it; else None."""
         seen = self._seen
+        if torch.is_grad_enabled() and x.requires_grad:
+            return None
         if seen.input is None or seen.input() is not x or seen.version != x._version:
+            if x.device.type != "cpu" or type(x) is not torch.Tensor or x.is_inference() or not x.numel():
+                return None  # changes of an inference tensor are not counted
             self._learn(seen)
             seen.input, seen.version, seen.modules = weakref.ref(x), x._version, [weakref.ref(module)]
             known = self._together.get(module)
@@ -66,37 +70,53 @@ class _Seen(threading.local):
         self.outputs: dict[PackedLinear, torch.Tensor] = {}
 
 
+class _Bound(NamedTuple):
+    """A call of all members, as long as these are their stages. call: None if there is none."""
+
+    stages: list[Staged | None]
+    call: Any = None
+    most: int = 0
+
+    def holds(self, members: int) -> bool:
+        return len(self.stages) == members and all(stage is None or stage.holds() for stage in self.stages)
+
+
 class _Together:
     """Members that are computed by one call, bound for a dtype when it first comes."""
 
     def __init__(self, members: Sequence[PackedLinear]) -> None:
         self._members = [weakref.ref(member) for member in members]
-        self._calls: dict[torch.dtype, tuple[list[Staged | None], Any]] = {}
+        self._bound: dict[torch.dtype, _Bound] = {}
 
     def members(self) -> list[PackedLinear]:
         return [member for ref in self._members if (member := ref()) is not None]
 
     def outputs(self, x: torch.Tensor) -> dict[PackedLinear, torch.Tensor]:
         """Of every member; empty if there is no call for all of them."""
-        members = self.members()
-        if len(members) < 2 or any(map(_watched, members)):
+        lead, features, members = x.shape[:-1], x.shape[-1], self.members()
+        if len(members) < 2 or features != members[0].in_features or any(map(_watched, members)):
             return {}
-        stages = [member.stages(x.dtype) for member in members]
-        known = self._calls.get(x.dtype)
-        if known is None or any(a is not b for a, b in zip(known[0], stages, strict=True)):
-            found = [stage for stage in stages if stage is not None]
-            one = len(found) == len(stages) and len({stage.variant for stage in found}) == 1
-            known = stages, bind([stage.layer for stage in found], found[0].variant) if one else None
-            self._calls[x.dtype] = known
-        rows = x.reshape(-1, x.shape[-1])
-        if known[1] is None or len(rows) > min(stage.most for stage in stages if stage is not None):
+        bound = self._bound.get(x.dtype)
+        if bound is None or not bound.holds(len(members)):
+            bound = self._bound[x.dtype] = _bind([member.stages(x.dtype) for member in members])
+        if bound.call is None or lead.numel() > bound.most:
             return {}
-        biases = [None if m.bias is None else m.bias.detach().to(x.dtype) for m in members]
-        ys = known[1](rows.contiguous(), biases)
-        return {m: y.view(*x.shape[:-1], m.out_features) for m, y in zip(members, ys, strict=True)}
+        biases = [None if (bias := m._parameters["bias"]) is None else bias.detach().to(x.dtype) for m in members]
+        ys = bound.call(x.reshape(-1, features).contiguous(), biases)
+        return {m: y.view(*lead, y.shape[1]) for m, y in zip(members, ys, strict=True)}
+
+
+def _bind(stages: list[Staged | None]) -> _Bound:
+    found = [stage for stage in stages if stage is not None]
+    if len(found) < len(stages) or len({stage.variant for stage in found}) > 1:
+        return _Bound(stages)
+    call = bind([stage.layer for stage in found], found[0].variant)
+    return _Bound(stages, call, min(stage.most for stage in found))
 
 
 def _watched(module: PackedLinear) -> bool:
     """Whether something has to happen when this module itself is called."""
-    learns = torch.is_grad_enabled() and module.bias is not None and module.bias.requires_grad
-    return bool(learns or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return True
+    bias = module._parameters["bias"]
+    return bias is not None and bias.requires_grad and torch.is_grad_enabled()

@@ -6,6 +6,7 @@ factors with pivot rows, or a weight with a low-rank residual.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,14 +17,14 @@ from trifold.kernels.compose import COMPOSITIONS, heights
 from trifold.kernels.native.stages import BLOCK, Layer, Part
 from trifold.kernels.op import Op, Tensors
 from trifold.kernels.weight_only import halves
-from trifold.kernels.weight_only.cpu import DENSE_FROM, Compiled, stored
+from trifold.kernels.weight_only.cpu import Compiled, stored
 from trifold.kernels.weight_only.halves import Halves
 
 if TYPE_CHECKING:
     from trifold.kernels.packed_linear import PackedLinear
 
-_MOST_TOKENS = {"amx": 4}
-"""Up to which codes are multiplied in stages, 32 elsewhere; for more their own op is faster."""
+_FEW_TOKENS = {"amx": 4}
+"""Up to which codes are multiplied in stages where their own op has another kernel for more."""
 
 
 class Staged(NamedTuple):
@@ -32,11 +33,11 @@ class Staged(NamedTuple):
     layer: Layer
     variant: str
     most: int
-    held: tuple[tuple[PackedLinear, Tensors], ...]
+    held: tuple[tuple[weakref.ref[PackedLinear], Tensors], ...]
 
     def holds(self) -> bool:
         """Whether the modules still have these tensors."""
-        return all(module.holding(tensors) for module, tensors in self.held)
+        return all((module := ref()) is not None and module.holding(tensors) for ref, tensors in self.held)
 
 
 def staged(module: PackedLinear, dtype: torch.dtype) -> Staged | None:
@@ -46,6 +47,8 @@ def staged(module: PackedLinear, dtype: torch.dtype) -> Staged | None:
         return None
     divided = roles.pop("split", None)
     if any("parts" in leaf.spec for leaf in roles.values()):
+        return None
+    if any(tensor.device.type != "cpu" for tensor in (*module.parameters(), *module.buffers())):
         return None
     ops = {name: leaf.op_for(dtype, torch.device("cpu")) for name, leaf in roles.items()}
     limits = [_most_tokens(op, roles[name].spec, dtype) for name, op in ops.items()]
@@ -60,7 +63,7 @@ def staged(module: PackedLinear, dtype: torch.dtype) -> Staged | None:
         held[divided] = divided.hold(COMPOSITIONS["split"])
         places = held[divided]["places"].split(heights(divided.spec))
         given["pivots"], given["places"] = places
-    return Staged(Layer.of(**given), variants.pop(), min(limits), tuple(held.items()))
+    return Staged(Layer.of(**given), variants.pop(), min(limits), tuple((weakref.ref(m), t) for m, t in held.items()))
 
 
 def _roles(module: PackedLinear) -> dict[str, PackedLinear] | None:
@@ -87,19 +90,21 @@ def _roles(module: PackedLinear) -> dict[str, PackedLinear] | None:
 def _most_tokens(op: Op, spec: Spec, dtype: torch.dtype) -> int:
     """0 if the op's layout is not one that stages take."""
     if isinstance(op, Halves):
-        return op.most_tokens(dtype) - 1
+        return op.most_tokens(dtype)
     if not isinstance(op, Compiled) or spec.get("input"):
         return 0
     scheme, columns = scheme_of(spec), spec["shape"][1]
     group = scheme.group_width(columns)
     if scheme.table is not None or scheme.zero_point == "real" or (group % BLOCK and group < columns):
         return 0
-    return min(_MOST_TOKENS.get(op.variant, 32), DENSE_FROM[op.variant][dtype] - 1)
+    return min(_FEW_TOKENS.get(op.variant, 2**62), op.most_tokens(dtype))
 
 
 def _parts(name: str, spec: Spec, tensors: Tensors) -> dict[str, Part]:
     if spec["format"] in ("dense", "low_rank"):
         found = halves.parts(tensors, spec)
-        return {"right": found["weight_right"], "left": found["weight"]} if name == "factors" else {name: found["weight"]}
+        return (
+            {"right": found["weight_right"], "left": found["weight"]} if name == "factors" else {name: found["weight"]}
+        )
     codes, scale, zero, _, shape, bits = stored(tensors, spec)
     return {name: Part(bits, shape, codes, scale, zero)}

@@ -100,7 +100,7 @@ class PackedModule(nn.Module):
         return self._tensors_for(op)
 
     def holding(self, tensors: Tensors) -> bool:
-        """Whether `tensors` are those that `hold` returned last, and none of them was given up for the portable ones."""
+        """Whether `tensors` are those that `hold` returned, and were not given up for the portable ones since."""
         return self._runtime is tensors
 
     def share(self, tensors: Tensors, owner: object) -> None:

@@ -242,7 +242,9 @@ int run_stages(const layer *layers, int64_t count, const void *x, int64_t column
                 BARRIER
                 stage(1, layers, count, room, from, stride, bias, y, first, now, dtype, (int)wide, thread, all);
             }
-            BARRIER /* the next tokens take the same room */
+            if (first + chunk < tokens) {
+                BARRIER /* the next tokens take the same room */
+            }
         }
     }
     free(memory);

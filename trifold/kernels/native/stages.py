@@ -21,7 +21,7 @@ _Pair = tuple[int, Callable[..., None]]
 
 
 class Part(NamedTuple):
-    """One weight in the layout of `layout.h` (bits 1 to 8) or `halves.c` (16). shape: rows, columns, group, kind, wide."""
+    """One weight as `layout.h` has it (bits 1 to 8) or `halves.c` (16). shape: rows, columns, group, kind, wide."""
 
     bits: int
     shape: Sequence[int]
@@ -31,8 +31,8 @@ class Part(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """x Bᵀ, (x Rᵀ) Lᵀ or the sum of both. tensors, layout: of B, R and L, of what is there, and of `pivots` and `places`
-    as `stages.c` describes them; in the form that torch's operators take."""
+    """x Bᵀ, (x Rᵀ) Lᵀ or the sum of both. tensors, layout: what there is of B, R and L, and `pivots` and `places` as
+    `stages.c` describes them; in the form that torch's operators take. shape: (out, in)."""
 
     tensors: tuple[torch.Tensor, ...]
     layout: tuple[int, ...]
@@ -92,7 +92,7 @@ def _part(variant: str, layout: Sequence[int], tensors: Iterator[torch.Tensor]) 
     bits, *shape, zero = layout
     if not bits:
         return _Part()
-    rows, columns, group = shape[:3]
+    columns, group = shape[1:3]
     blocks = columns // group * -(-group // BLOCK) + -(-(columns % group) // BLOCK)
     return _Part(
         _runner(variant, bits),
@@ -129,13 +129,14 @@ def bind(
     def call(x: torch.Tensor, biases: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
         tokens, half = x.shape[0], x.dtype == torch.bfloat16
         outputs = [x.new_empty(tokens, n) for n in rows]
+        given = [None if bias is None else bias.data_ptr() for bias in biases]
         failed = run(
             structs,
             count,
             x.data_ptr(),
             columns,
-            pointers(*(None if bias is None else bias.data_ptr() for bias in biases)),
-            pointers(*(y.data_ptr() for y in outputs)),
+            pointers(*given),
+            pointers(*[y.data_ptr() for y in outputs]),
             tokens,
             int(half),
             int(not (half and narrow)),
@@ -213,7 +214,7 @@ def pack_halves(variant: str, numbers: torch.Tensor) -> torch.Tensor:
 
 def unpack_halves(variant: str, codes: torch.Tensor, shape: tuple[int, int], start: int, stop: int) -> torch.Tensor:
     """Rows start .. stop - 1, start a multiple of 16, of what `pack_halves` has packed."""
-    rows, columns = shape
+    columns = shape[1]
     numbers = codes.new_empty(stop - start, columns)
     tiles = start // ROWS, -(-stop // ROWS)
     _halves(variant)[1](stop, columns, numbers.data_ptr(), codes.data_ptr(), *tiles, 1, torch.get_num_threads())

@@ -25,7 +25,7 @@ BLOCK = 16  # columns
 _MIDPOINT, _INTEGER, _REAL, _TABLE = range(4)
 _Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, Sequence[int], int]
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-DENSE_FROM = {
+_DENSE_FROM = {
     "amx": {torch.bfloat16: 2048, torch.float32: 128},
     "avx512_bf16": {torch.bfloat16: 64, torch.float32: 128},
     "avx512": {torch.bfloat16: 64, torch.float32: 128},
@@ -122,10 +122,14 @@ class Compiled(Op):
         found = torch.ops.trifold.gather_packed(rows.contiguous(), *stored(tensors, spec), self.variant, wanted)
         return found.to(dtype)
 
+    def most_tokens(self, dtype: torch.dtype) -> int:
+        """Of `dtype`, up to which the kernel for few of them runs."""
+        return _DENSE_FROM[self.variant][dtype] - 1
+
     def bind(self, tensors: Tensors, spec: Spec) -> Call:
         codes, scale, zero, table, shape, bits = stored(tensors, spec)
         product = library(self.variant, bits).bind(tuple(shape), codes, scale, zero, table)
-        few = DENSE_FROM[self.variant]
+        few = _DENSE_FROM[self.variant]
 
         def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             if len(x) < few.get(x.dtype, 0):
@@ -175,7 +179,7 @@ def _packed_linear(
 ) -> torch.Tensor:
     product, size = library(variant, bits), tuple(shape)
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-    if x.shape[0] < DENSE_FROM[variant][x.dtype]:
+    if x.shape[0] < _DENSE_FROM[variant][x.dtype]:
         return product.linear(x, size, codes, scale, zero, table, bias)
     y = x.new_empty(x.shape[0], shape[0])
     blocks = list(row_blocks(shape[0], shape[1], x.device))

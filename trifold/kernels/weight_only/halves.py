@@ -1,7 +1,7 @@
 """bfloat16 numbers beside compressed parts, such as the factors of low rank, in C.
 
-torch's `linear` lets oneDNN reorder bfloat16 weights in every call; thin factors, of which a layer has two, are then far
-from the speed of memory. Here they lie as the instructions take them, and both products are one call
+torch's `linear` lets oneDNN reorder bfloat16 weights in every call; thin factors, of which a layer has two, are then
+far from the speed of memory. Here they lie as the instructions take them, and both products are one call
 (`kernels/native/stages.c`). Activations keep their precision; what is between two factors is rounded as two products
 would, once.
 """
@@ -15,9 +15,15 @@ from trifold.formats.base import Spec
 from trifold.kernels.native.stages import Layer, Part, bind, lacking, pack_halves, unpack_halves
 from trifold.kernels.op import Call, Op, Tensors
 from trifold.kernels.rows import row_blocks
-from trifold.kernels.weight_only.cpu import DENSE_FROM
 
-VARIANTS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+_DENSE_FROM = {
+    "amx": {torch.float32: 128},
+    "avx512_bf16": {torch.float32: 128},
+    "avx512": {torch.bfloat16: 64, torch.float32: 128},
+    "avx2": {torch.bfloat16: 32, torch.float32: 32},
+    "portable": {torch.bfloat16: 16, torch.float32: 16},
+}
+"""Number of tokens from which the platform's product is faster; never, where there is no number."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,16 +63,15 @@ class Halves(Op):
         return unpack_halves(self.variant, tensors[name], size, start, stop)
 
     def most_tokens(self, dtype: torch.dtype) -> int:
-        """From how many on the platform's product is faster."""
-        narrow = dtype == torch.bfloat16 and self.variant in ("amx", "avx512_bf16")
-        return 2**62 if narrow else DENSE_FROM[self.variant].get(dtype, 2**62)
+        """Of `dtype`, up to which this kernel runs."""
+        return _DENSE_FROM[self.variant].get(dtype, 2**62) - 1
 
     def bind(self, tensors: Tensors, spec: Spec) -> Call:
         product = bind([_layer(tensors, spec)], self.variant)
         few = {dtype: self.most_tokens(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
         def call(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            if len(x) < few.get(x.dtype, 0):
+            if len(x) <= few.get(x.dtype, 0):
                 return product(x.contiguous(), [None if bias is None else bias.contiguous()])[0]
             return self.run(x, tensors, spec, bias)
 
@@ -75,7 +80,7 @@ class Halves(Op):
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
         if x.dtype == torch.float16:
             return self.run(x.float(), tensors, spec, None if bias is None else bias.float()).half()
-        if len(x) >= self.most_tokens(x.dtype):
+        if len(x) > self.most_tokens(x.dtype):
             if "rank" in spec:
                 x = self._dense(x, tensors, "weight_right", spec, None)
             return self._dense(x, tensors, "weight", spec, bias)
@@ -83,7 +88,9 @@ class Halves(Op):
         y: torch.Tensor = torch.ops.trifold.staged_linear(x, bias, layer.tensors, layer.layout, self.variant)
         return y
 
-    def _dense(self, x: torch.Tensor, tensors: Tensors, name: str, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
+    def _dense(
+        self, x: torch.Tensor, tensors: Tensors, name: str, spec: Spec, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         """The platform's product, with blocks of rows in their own order."""
         size = _shapes(spec)[name]
         y = x.new_empty(x.shape[0], size[0])
