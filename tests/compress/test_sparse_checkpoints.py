@@ -39,7 +39,7 @@ def test_every_preset_is_proved_loaded_counted_and_shown(tmp_path, tiny, text, p
     calibration = None if recipe.data_free else text
     report = trifold.compress(tiny("llama", **LLAMA), recipe, calibration, tmp_path / "out", **SMALL)
     assert planned.total_bytes == report["total_bytes"] and planned.bits_per_weight == report["bits_per_weight"]
-    assert all(("bqpo" in layer) is (preset in RECOVERED) for layer in report["layers"].values())
+    assert all(("distill" in layer) is (preset in RECOVERED) for layer in report["layers"].values())
     assert report["proof"]["max_abs"] <= 1e-3
     model = trifold.load(tmp_path / "out")
     packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}

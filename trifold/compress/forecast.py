@@ -106,7 +106,8 @@ def forecast(
         grams = [sum(_statistics(stage, text) for stage in b.stages) for b in parts]
         stages["allocate"] = max(b.dense + g for b, g in zip(parts, grams, strict=True)) + 2 * kept + forward + HEAP
     if plan.tuners:
-        stages["tune"] = max(_tune(plan, parts)) + packed_outside + kept + logits * 2
+        more = max(tuner.more_text for _, tuner, _ in plan.tuners)
+        stages["tune"] = max(_tune(plan, parts)) + packed_outside + kept + more * (hidden + calls) + logits * 2
     device = {}
     if gpu:  # what calibration touches is there; the host reads shards and writes them
         device = {name: stages[name] for name in ("capture", "observe", "solve", "pack", "tail", "proof")}
