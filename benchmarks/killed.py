@@ -1,6 +1,6 @@
 """Runs that are killed at random moments and repeated until they are done: the bytes must be those of a quiet run.
 
-python benchmarks/killed.py --moments 10
+python benchmarks/killed.py --moments 10 [--recipe NAME ...] [--model demo]
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def check(model: Path, recipe: str, calib: Path, work: Path, moments: int, sizes
 @click.option("--seed", type=int, help="Of the moments.")
 @click.option("--calib", type=click.Path(path_type=Path), default=SHARED / "data/pycode/calib.jsonl")
 @click.option("--model", type=click.Path(path_type=Path), default=SHARED / "models/pycode-5m")
-def main(moments: int, seed: int | None, calib: Path, model: Path) -> None:
+@click.option("--recipe", "recipes", multiple=True, help="Check the dense model with these recipes, and no mixture.")
+def main(moments: int, seed: int | None, calib: Path, model: Path, recipes: tuple[str, ...]) -> None:
     """Check a dense model with a recipe of each fold, and a mixture of experts."""
     random.seed(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -93,8 +94,10 @@ def main(moments: int, seed: int | None, calib: Path, model: Path) -> None:
         mixture = tiny_mixture(work)
         from tests.helpers import write_text
 
-        cases = [(model, recipe, calib, ["--nsamples", "8", "--seqlen", "128"]) for recipe in RECIPES.values()]
-        cases.append((mixture, "w4a16-awq-gptq", write_text(text), ["--nsamples", "8", "--seqlen", "32"]))
+        chosen = recipes or RECIPES.values()
+        cases = [(model, recipe, calib, ["--nsamples", "8", "--seqlen", "128"]) for recipe in chosen]
+        if not recipes:
+            cases.append((mixture, "w4a16-awq-gptq", write_text(text), ["--nsamples", "8", "--seqlen", "32"]))
         for number, (one, recipe, read, sizes) in enumerate(cases):
             (work / str(number)).mkdir()
             killed, done = check(one, recipe, read, work / str(number), moments, sizes)

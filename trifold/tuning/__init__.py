@@ -4,4 +4,4 @@ from trifold.tuning.bqpo import BQPO
 from trifold.tuning.distill import Distill
 from trifold.tuning.e2e_oqp import E2EOQP
 
-__all__ = ["BQPO", "Distill", "E2EOQP"]
+__all__ = ["BQPO", "E2EOQP", "Distill"]

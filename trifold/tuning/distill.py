@@ -19,7 +19,6 @@ from trifold.core.errors import RecipeError
 from trifold.core.method import METHODS, Tuner, TuningProblem, TuningSolution
 from trifold.tuning.descent import Rates, descend
 
-
 _FEW_STEPS = 64
 _MUCH, _LEAST = 0.16, 0.5  # nats that call for the whole rate, and the share of it that is used for few
 _PROBES = 4
@@ -32,8 +31,9 @@ class Distill(Tuner):
     the text, where it has as many; a quarter of all, the last ones, is judged by and not learned from. lr_weights: in
     codes for rounded weights, else in 64ths of the root mean square; lr_scales: in shares of the scale; lr_zeros: in
     codes. These are for all steps together, where much was lost: each of n goes 1 / sqrt(n) of that, so that noise
-    alone gets equally far with any amount of text, but never more than an eighth: codes that turn at once overshoot. A smaller loss has smaller steps, by its root: what noise costs grows with their square. They
-    fall to zero along a cosine; 0 leaves that kind as it is."""
+    alone gets equally far with any amount of text, but never more than an eighth: codes that turn at once overshoot. A
+    smaller loss has smaller steps, by its root: what noise costs grows with their square. They fall to zero along a
+    cosine; 0 leaves that kind as it is."""
 
     level: ClassVar[Literal["block", "model"]] = "model"
 
