@@ -111,7 +111,8 @@ def forecast(
         beside = hidden // streams
         stages["allocate"] = max(_allocate(b, forward) for b in parts) + kept + (0 if room.offload else beside) + HEAP
     if plan.tuners:
-        stages["tune"] = max(_tune(plan, parts)) + packed_outside + kept + logits * 2
+        more = max(tuner.more_text for _, tuner, _ in plan.tuners)
+        stages["tune"] = max(_tune(plan, parts)) + packed_outside + kept + more * (hidden + calls) + logits * 2
     device = {}
     if gpu:  # what calibration touches is there; the host reads shards and writes them
         device = {name: stages[name] for name in ("capture", "observe", "solve", "pack", "tail", "proof")}

@@ -29,7 +29,8 @@ _NAME = re.compile(
 )
 
 _SPARSE = re.compile(
-    r"(?:w(?P<weight>\d+)(?:a16)?-)?s(?P<share>\d\d)(?:-(?P<method>magnitude|wanda|sparsegpt|alps|gqsa))?(?P<tuned>-recovered(?P<published>-published)?)?"
+    r"(?:w(?P<weight>\d+)(?:a16)?-)?s(?P<share>\d\d)(?:-(?P<method>magnitude|wanda|sparsegpt|alps|gqsa))?"
+    r"(?P<tuned>-recovered(?P<published>-published)?)?"
 )
 
 _DIMENSIONS = re.compile(r"rank(?P<share>\d\d)-modegpt(?P<published>-published)?")

@@ -13,7 +13,7 @@ from trifold.core.method import TuningProblem, TuningSolution
 from trifold.tuning.tunable import tunable
 
 _BETAS, _EPSILON = (0.9, 0.95), 1e-12
-_TRIES, _BACK_OFF = 2, 0.2
+_TRIES, _BACK_OFF = 2, 0.3
 _SURE = 2.0  # standard errors by which what is judged has to fall
 
 
