@@ -13,6 +13,7 @@ from trifold.core.product import Product
 from trifold.formats.base import Spec
 from trifold.kernels.compose import COMPOSITIONS
 from trifold.kernels.dispatch import Choice, explain, resolve
+from trifold.kernels.low_rank.fused import fused
 from trifold.kernels.op import Op
 from trifold.kernels.rows import row_blocks
 from trifold.kernels.storage import PackedModule
@@ -64,6 +65,9 @@ class PackedLinear(PackedModule):
     def _composed(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if not x.shape[0]:
             return x.new_empty(0, self.out_features)
+        together = fused(self, x, bias)
+        if together is not None:
+            return together
         composition = COMPOSITIONS[self.spec["format"]]
         if self._products is None:
             parts: Any = self.parts

@@ -6,6 +6,14 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def powers(largest):
+    """Largest magnitudes -> (the powers of two that bring them to 2**14 .. 2**15, what undoes that)."""
+    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+    shift = tl.minimum(tl.maximum(14 - exponent, -114), 126)
+    return ((127 + shift) << 23).to(tl.float32, bitcast=True), ((127 - shift) << 23).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["counts", "M", "CHUNKS"])
 def prepare(
     x_ptr, a_ptr, sum_ptr, inverse_ptr, count_ptr, counts, M, K, PADDED, CHUNKS,
@@ -28,10 +36,8 @@ def prepare(
     for start in range(0, K, BLOCK):
         x = tl.load(x_ptr + start + i, mask=start + i < K, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(x))
-    exponent = ((tl.max(largest, axis=0).to(tl.int32, bitcast=True) >> 23) & 255) - 127
-    shift = tl.minimum(tl.maximum(14 - exponent, -114), 126)
-    tl.store(inverse_ptr + row, ((127 - shift) << 23).to(tl.float32, bitcast=True))
-    factor = ((127 + shift) << 23).to(tl.float32, bitcast=True)
+    factor, inverse = powers(tl.max(largest, axis=0))
+    tl.store(inverse_ptr + row, inverse)
     chunk = tl.arange(0, BLOCK // CHUNK)
     for start in range(0, PADDED, BLOCK):
         k = start + i
