@@ -43,7 +43,7 @@ def _packed(
     total = tl.zeros((BN, BM), dtype=tl.float32)
     for tile in range(TILES):
         t = total
-        sums = tl.zeros((BM,), dtype=tl.float32)
+        seen = tl.zeros((_SLOT, BM), dtype=tl.float32)
         for j in tl.static_range(SLOTS):
             if first(LAYOUT, 0, j):
                 w0 = tl.load(p0 + word(LAYOUT, 0, j) * stride, eviction_policy="evict_first")
@@ -56,7 +56,7 @@ def _packed(
                 w2 = tl.load(p2 + word(LAYOUT, 2, j) * stride, eviction_policy="evict_first")
             r = (tile * SLOTS + j) * _SLOT
             x = tl.load(z + r, mask=(r + k < RANK)[:, None], other=0.0).to(tl.float32) * factor[None, :]
-            sums += tl.sum(x.to(tl.float16).to(tl.float32), axis=0)
+            seen += x.to(tl.float16).to(tl.float32)
             x = (x * _down(LAYOUT, j)).to(tl.float16) if GRID == "int" else x.to(tl.float16)
             w = numbers(w0, w1, w2, LAYOUT, j, GRID)
             t = tl.dot(w, x) if j % FLUSH == 0 else tl.dot(w, x, t)
@@ -64,11 +64,11 @@ def _packed(
                 group = tl.minimum(r // GROUP, GROUPS - 1)
                 if ASYMMETRIC:
                     zero = tl.load(zero_ptr + group * N + n).to(tl.float32)
-                    t -= zero[:, None] * (sums * (1 / unit(GRID)))[None, :]
+                    t -= zero[:, None] * (tl.sum(seen, axis=0) * (1 / unit(GRID)))[None, :]
                 elif MIDPOINT != 0:
-                    t -= (sums * (MIDPOINT / unit(GRID)))[None, :]
+                    t -= (tl.sum(seen, axis=0) * (MIDPOINT / unit(GRID)))[None, :]
                 total += t * tl.load(scale_ptr + group * N + n).to(tl.float32)[:, None]
-                sums = tl.zeros((BM,), dtype=tl.float32)
+                seen = tl.zeros((_SLOT, BM), dtype=tl.float32)
         p0 += words(LAYOUT, 0) * stride
         if planes(LAYOUT) > 1:
             p1 += words(LAYOUT, 1) * stride

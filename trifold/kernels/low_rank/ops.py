@@ -70,6 +70,8 @@ class _Planes(NamedTuple):
         return self.layout.tiles(in_features) * self.layout.tile, self.flush, step
 
 
+REGISTERS = 255
+"""Of a thread; two loops need more than the one that tiles were chosen for."""
 _ABSENT = Kind(4, 128, "int", 0.0, False)
 
 
@@ -137,7 +139,7 @@ def low_rank_linear(
             tokens, y.shape[1], rows, main.layout.tiles(in_features), len(main.tensors[3]), rank,
             after.layout.tiles(rank), len(after.tensors[3]),
             BASE=whole is not None, **main.constants(), PACKED=second is not None, **after.constants("LEFT_"),
-            PLACED=places is not None, BIAS=bias is not None, SHARED=parts > 1, **_tiles(config),
+            PLACED=places is not None, BIAS=bias is not None, SHARED=parts > 1, **_tiles(config._replace(registers=REGISTERS)),
         )  # fmt: skip
     return y
 

@@ -32,6 +32,16 @@ def _count(bits):
 
 
 @triton.jit
+def _only(x, keep):
+    """fp16 where int16 has all bits set, 0 where it has none."""
+    if INTERPRETED:
+        x = tl.where(keep != 0, x, 0.0)
+    else:
+        x = tl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [x, keep], tl.float16, True, 2)
+    return x
+
+
+@triton.jit
 def _find(map_ptr, row, c, BLOCKS):
     """(where a survivor lies, or the next one if it is none; not 0 if it is one) for rows and columns of groups."""
     entry = tl.load(map_ptr + (c * BLOCKS + row // ROWS))
@@ -96,10 +106,10 @@ def multiply(
     WORDS: tl.constexpr = 32 // slots(LAYOUT)  # of 32 codes
     INNER: tl.constexpr = PHASES * GROUP
     F: tl.constexpr = T // PHASES
+    BLOCKS = tl.cdiv(N, BN) * (BN // ROWS)
     pid = tl.program_id(0)
     m_blocks = tl.cdiv(M, BM)
     n = pid // m_blocks * BN + tl.arange(0, BN)
-    row = tl.minimum(n, N - 1)
     m0 = pid % m_blocks * BM
     share = tl.cdiv(TILES, tl.num_programs(1))
     start = tl.program_id(1) * share
@@ -107,29 +117,34 @@ def multiply(
     k = tl.arange(0, T * GROUP)
     group = k // 32 * 2 + k % WORDS // (WORDS // 2) if GROUP == 16 else k // GROUP
     phase = tl.arange(0, COLS) % PHASES
+    own = (group % PHASES)[:, None] == phase[None, :]
+    keep = tl.where(own, -1, 0).to(tl.int16)
     m = tl.minimum(m0 + tl.arange(0, COLS) // PHASES, M - 1)
     a = a_ptr + m[None, :].to(tl.int64) * (TILES * (T * GROUP)) + k[:, None]
     i = tl.arange(0, GROUP * WORDS // 32)
     total = tl.zeros((BN, COLS), dtype=tl.float32)
     for tile in range(start, stop):
-        index, there = _find(map_ptr, row[:, None], (tile * T + tl.arange(0, T))[None, :], tl.cdiv(N, ROWS))
+        index, there = _find(map_ptr, n[:, None], (tile * T + tl.arange(0, T))[None, :], BLOCKS)
         at = index[:, :, None] * (GROUP * WORDS // 32) + i[None, None, :]
         words = tl.load(words_ptr + at, eviction_policy="evict_first")
         meta = tl.load(meta_ptr + index, mask=there != 0, other=0)
-        x = tl.load(a + tile * (T * GROUP), mask=(group % PHASES)[:, None] == phase[None, :], other=0.0)
+        if GROUP == 16:  # less than a vector of loads is in one phase
+            x = _only(tl.load(a + tile * (T * GROUP)), keep)
+        else:
+            x = tl.load(a + tile * (T * GROUP), mask=own, other=0.0)
         words = tl.reshape(words, (BN, F, INNER * WORDS // 32))
         meta = tl.reshape(meta, (BN, F, PHASES))
         x = tl.permute(tl.reshape(x, (F, INNER, COLS)), (1, 0, 2))
         for f in tl.static_range(F):
             w = _joined(tl.reshape(_part(words, f, F), (BN, INNER // 32, WORDS)), LAYOUT, BN, INNER // 32)
-            own = tl.broadcast_to(_part(meta, f, F)[:, None, :], (BN, BM, PHASES))
-            own = tl.reshape(own, (BN, COLS))
+            both = tl.broadcast_to(_part(meta, f, F)[:, None, :], (BN, BM, PHASES))
+            both = tl.reshape(both, (BN, COLS))
             if WIDE:
-                scale = (own >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-                own = own.to(tl.int32)
+                scale = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+                both = both.to(tl.int32)
             else:
-                scale = (own & -65536).to(tl.float32, bitcast=True)
-            zero = (own << 16).to(tl.float32, bitcast=True)
+                scale = (both & -65536).to(tl.float32, bitcast=True)
+            zero = (both << 16).to(tl.float32, bitcast=True)
             sums = tl.load(sum_ptr + (tile * T + f * PHASES + phase) * M + m) * (-1 / unit("int"))
             total += tl.dot(w, _part(x, f, F), zero * sums[None, :]) * scale
     y = tl.sum(tl.reshape(total, (BN, BM, PHASES)), axis=2)
@@ -140,5 +155,5 @@ def multiply(
     if whole:
         y *= unit("int") * tl.load(inverse_ptr + tl.minimum(m, M - 1))[None, :]
         if BIAS:
-            y += tl.load(bias_ptr + row).to(tl.float32)[:, None]
+            y += tl.load(bias_ptr + tl.minimum(n, N - 1)).to(tl.float32)[:, None]
         tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -24,6 +24,7 @@ from trifold.kernels.weight_only.planes.ops import prepared
 WIDTHS = (2, 4, 8)  # of one plane, so that a word has whole codes
 ROWS = 32
 """That share a bitmap of each column of groups."""
+_BN = 64  # outputs of a program
 _COLUMNS = 8  # of which a tile has that many or a divisor
 _SPAN = 256  # inputs that are multiplied before their sums are scaled, at most
 MOST_TOKENS = 16
@@ -36,9 +37,9 @@ class Config(NamedTuple):
     bm: int
     phases: int
     tile: int
-    bn: int = 64
+    bn: int = _BN
     warps: int = 2
-    stages: int = 3
+    stages: int = 2
     registers: int = 255
 
 
@@ -78,7 +79,7 @@ class TritonGroups(Blockwise):
         start, groups, scheme = tensors["weight_row_start"], spec["groups"], scheme_of(spec)
         check_starts(start, groups)
         rows = spec["shape"][0]
-        blocks, columns = -(-rows // ROWS), -(-groups_in_row(spec) // _COLUMNS) * _COLUMNS
+        blocks, columns = -(-rows // _BN) * _BN // ROWS, -(-groups_in_row(spec) // _COLUMNS) * _COLUMNS
         row = torch.repeat_interleave(torch.arange(rows, device=start.device), start.diff().long())
         column = tensors["weight_column"].long()
         order = torch.argsort((row // ROWS * columns + column) * ROWS + row % ROWS)
