@@ -40,7 +40,11 @@ def cases():
                 constants |= {"BASE": base, "PACKED": left, "PLACED": placed, "BIAS": True, "SHARED": base}
                 constants |= {"BN": config.bn, "BM": config.bm}
                 usual = bits == 4 and tokens == 8
-                selected = {80: usual and name == "sum", 89: False, 90: usual and name in ("sum", "sum plain", "pivots")}
+                selected = {
+                    80: usual and name == "sum",
+                    89: False,
+                    90: usual and name in ("sum", "sum plain", "pivots"),
+                }
                 weights = config.bn * (layout_of(bits).tile if base or left else SLOT)
                 yield Case(f"low rank {name} int{bits} m{tokens}", kernel.finish, constants, options, weights, selected)
 

@@ -18,7 +18,8 @@ HALF = (torch.float16, torch.bfloat16)
 def as_on_a_gpu(monkeypatch):
     resolve = dispatch.resolve
     monkeypatch.setattr(planes_op, "no_gpu", lambda device: None)
-    monkeypatch.setattr(fusing, "ready", lambda device: True)
+    monkeypatch.setattr(fusing, "no_gpu", lambda device: None)
+    monkeypatch.setattr(fusing, "on_gpu", lambda device: True)
     cuda = torch.device("cuda")
     monkeypatch.setattr(packed_linear, "resolve", lambda spec, dtype, device, *rest: resolve(spec, dtype, cuda, *rest))
 

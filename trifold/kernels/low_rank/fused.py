@@ -23,8 +23,8 @@ Matrix = tuple[list[torch.Tensor], str]
 _NONE: Matrix = ([], "")
 
 
-def ready(device: torch.device) -> bool:
-    return device.type == "cuda" and no_gpu(device) is None
+def on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def fused(module: PackedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -32,7 +32,9 @@ def fused(module: PackedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> t
 
     None if it is something else, or not for this product.
     """
-    if x.shape[0] > MOST_TOKENS or not ready(x.device) or (torch.is_grad_enabled() and x.requires_grad):
+    if x.shape[0] > MOST_TOKENS or (torch.is_grad_enabled() and x.requires_grad):
+        return None
+    if not on_gpu(x.device) or no_gpu(x.device) is not None:
         return None
     base, factors = _NONE, module
     if module.spec["format"] == "sum" and len(module.parts) == 2:

@@ -26,9 +26,10 @@ def _count(bits):
         v = bits.to(tl.uint32, bitcast=True)
         v -= (v >> 1) & 0x55555555
         v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
-        return ((((v + (v >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+        count = ((((v + (v >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
     else:
-        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], tl.int32, True, 1)
+        count = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], tl.int32, True, 1)
+    return count
 
 
 @triton.jit
