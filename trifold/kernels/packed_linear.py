@@ -14,6 +14,7 @@ from trifold.core.product import Product
 from trifold.formats.base import Spec
 from trifold.kernels.compose import COMPOSITIONS
 from trifold.kernels.dispatch import Choice, explain, resolve
+from trifold.kernels.low_rank.fused import fused
 from trifold.kernels.native.stages import bind
 from trifold.kernels.op import Op
 from trifold.kernels.rows import row_blocks
@@ -77,7 +78,9 @@ class PackedLinear(PackedModule):
         if not x.shape[0]:
             return x.new_empty(0, self.out_features)
         if not (torch.is_grad_enabled() and bias is not None and bias.requires_grad):
-            y = self._in_stages(x, bias)
+            y = fused(self, x, bias)
+            if y is None:
+                y = self._in_stages(x, bias)
             if y is not None:
                 return y
         composition = COMPOSITIONS[self.spec["format"]]
