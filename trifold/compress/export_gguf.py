@@ -167,11 +167,13 @@ def _dense(name: str, entry: Entry, config: Mapping[str, Any], kind: facts.Archi
     if dtype not in _PLAIN_TYPES:
         raise InputError(f"{name}: gguf has no type for {dtype}; --to dense can hold it")
 
+    shape = entry.shape[1:] if place.endswith("ffn_gate_inp_shexp.weight") else entry.shape  # one row, as a vector
+
     def load() -> torch.Tensor:
         values = entry.load().to(dtype)
         return values if order is None else values[order]
 
-    return GgufTensor(place, _PLAIN_TYPES[dtype], entry.shape, 0, load)
+    return GgufTensor(place, _PLAIN_TYPES[dtype], shape, 0, load)
 
 
 def write_gguf(plan: GgufPlan, file: Path, tokenizer: Path) -> int:
