@@ -35,9 +35,10 @@ MIXED = {"steps": [{"method": "rtn", "scheme": {"group_size": 32, "scale_dtype":
 
 
 def byte_tokenizer():
-    """One token for each byte, behind `<s>` and `</s>`."""
-    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
+    """One token for each byte, behind `<s>` and `</s>`, and two of two bytes."""
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ef", "Ġx"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab, [("e", "f"), ("Ġ", "x")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
@@ -153,7 +154,7 @@ def test_experts_lie_side_by_side(tmp_path, folds, family, router):
 
 @pytest.mark.parametrize(("group", "symmetric"), [(32, True), (64, True), (128, True), (64, False)])
 def test_a_gptq_checkpoint_goes_out_as_compressed_tensors_and_gguf_with_every_code(tmp_path, folds, group, symmetric):
-    fold = folds(recipe(4, group, symmetric), hidden_size=128, intermediate_size=256)
+    fold = folds(recipe(4, group, symmetric), hidden_size=256, intermediate_size=512)
     trifold.export(fold, "gptq_v2", tmp_path / "gptq")
     trifold.export(tmp_path / "gptq", "compressed-tensors", tmp_path / "ct")
     report = trifold.export(tmp_path / "gptq", "gguf", tmp_path / "out.gguf")
@@ -182,7 +183,7 @@ def test_act_order_is_refused_with_the_way_out(tmp_path, folds):
 
 
 REFUSALS = [
-    (recipe(group_size=16), {}, "q_proj: gguf cannot hold it: groups of 16 inputs are not whole blocks of 32; --to pack"),
+    (recipe(group_size=16), {}, "q_proj: gguf cannot hold it: groups of 16 inputs are not whole blocks of 32; --to"),
     (recipe(8, symmetric=False), {}, "its codes less their zero-points, .* are not within -128..127; --to pack"),
     (recipe(), {"intermediate_size": 80}, "down_proj: gguf cannot hold it: its 80 inputs are not whole blocks of 32"),
     ("w4a16-nf4", {}, "its values are those of nf4, not integers; --to dense can, and --requantize rounds it again"),

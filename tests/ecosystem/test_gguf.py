@@ -289,10 +289,10 @@ def test_the_factors_of_llama_3_by_hand():
     assert facts.rope_factors(LLAMA) is None
 
 
-def byte_level(pre=None, **options):
+def byte_level(pre=None, merges=(("a", "b"), ("ab", "c")), **options):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet, "ab", "abc"])}
-    tokenizer = Tokenizer(models.BPE(vocab, [("a", "b"), ("ab", "c")], **options))
+    tokenizer = Tokenizer(models.BPE(vocab, list(merges), **options))
     tokenizer.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
@@ -387,6 +387,7 @@ def two_ends():
         (lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)), "it splits text by ByteLevel"),
         (lambda: byte_level(ignore_merges=True), "ignore_merges=True with the pre-tokenizer gpt-2"),
         (lambda: byte_level(dropout=0.1), "its BPE has dropout=0.1"),
+        (lambda: byte_level(merges=()), "its BPE has no merges"),
         (lambda: sentencepiece([("▁", "a"), ("▁a", "b")]), "do not make '▁ab' of every pair"),
         (sentencepiece, "its merges make '▁ab' at two different ranks"),
         (two_ends, "adds <tool> to every text, which is not its bos_token"),

@@ -42,7 +42,8 @@ def plain(weight: Canonical) -> Canonical:
 def nearest_scheme(weight: Canonical, refusal: Refusal) -> Scheme | None:
     """The scheme of integers, or of 8-bit floats, nearest to the weight's own that is not refused; None if all are.
 
-    More bits come before fewer, its own group size before smaller ones and those before one scale a row.
+    More bits come before fewer, its own group size before smaller ones, those before larger
+    ones and one scale a row.
     """
     return next((each for each in _schemes(weight) if refusal(blank(weight.shape, each)) is None), None)
 
@@ -117,7 +118,7 @@ def _error(made: Canonical, values: torch.Tensor) -> float:
 def _schemes(weight: Canonical) -> Iterator[Scheme]:
     bits, group, symmetric, dtype = _nature(weight)
     smaller = [size for size in _GROUPS if not isinstance(group, int) or size < group]
-    groups = list(dict.fromkeys([group, *smaller, "channel"]))
+    groups = list(dict.fromkeys([group, *smaller, *reversed(_GROUPS), "channel"]))
     dtypes: list[ScaleDtype] = list(dict.fromkeys([dtype, "float16", "bfloat16", "float32"]))  # type: ignore[list-item]
     for wanted in (*range(bits, 9), *range(bits - 1, 1, -1)):
         for even in (symmetric, not symmetric):
