@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import trifold
 from tests.helpers import FAMILIES, LLAMA_LIKE, contents, make_model, trifold_cli
+from trifold.api import load_tokenizer
 from trifold.compress import export as exporting
 from trifold.compress.packed_folder import open_packed
 from trifold.core.errors import InputError, ProofError
@@ -68,7 +69,7 @@ def tensors_of(file):
     """llama.cpp's name -> type and values."""
     found = {}
     for tensor in GGUFReader(file).tensors:
-        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         found[tensor.name] = tensor.tensor_type.name, values.reshape(tuple(reversed(tensor.shape.tolist())))
     return found
 
@@ -260,7 +261,8 @@ import json, sys, numpy, torch
 import llama_cpp
 assert "trifold" not in sys.modules
 for folder in json.loads(sys.argv[1]):
-    model = llama_cpp.Llama(folder + "/model.gguf", n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    options = {"type_k": 0, "type_v": 0}  # keys and values in float32
+    model = llama_cpp.Llama(folder + "/model.gguf", n_ctx=64, n_threads=1, logits_all=True, verbose=False, **options)
     model.eval(list(range(2, 42)))
     torch.save(torch.from_numpy(numpy.array(model.scores[:40]))[None], folder + "/logits.pt")
     text = "def f(x):\\n  return x + 12 # it's ünïcödé"
@@ -330,7 +332,7 @@ def test_llama_cpp_gives_our_logits(tmp_path, folds):
         ours = logits(fold)
         assert (found - ours).norm() / ours.norm() < 0.03, folder
         text = "def f(x):\n  return x + 12 # it's ünïcödé"
-        tokens = trifold.load_tokenizer(fold)(text)["input_ids"]
+        tokens = load_tokenizer(fold)(text)["input_ids"]
         assert json.loads((folder / "tokens.json").read_text()) == tokens
 
 
