@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import trifold
 from tests.helpers import save_model, trifold_cli
 from trifold.compress.packed_folder import open_packed
-from trifold.compress.requantize import Losses, Way, find_way, on_grids, part_of, plain, rounded
+from trifold.compress.requantize import Losses, Way, find_way, on_grids, parts_of, plain, rounded
 from trifold.core.canonical import Dense, LowRank, Quantized, RoundedInput, Sparse, Split
 from trifold.core.inputs import InputScheme
 from trifold.core.ranges import fit_ranges
@@ -100,8 +100,8 @@ def test_a_mask_becomes_codes_of_zero(symmetric):
 def test_rows_of_what_is_stored_whole():
     left, right = torch.randn(8, 2), torch.randn(2, 32)
     weight = LowRank(left, right)
-    second = part_of(weight, 2, 1)
-    assert torch.equal(second.dequantize(), weight.dequantize()[4:]) and part_of(weight, 1, 0) is weight
+    _, second = parts_of(weight, 2)
+    assert torch.equal(second.dequantize(), weight.dequantize()[4:]) and parts_of(weight, 1) == [weight]
     split = Split(0, torch.arange(8) // 4, (sample(rows=4), Dense(torch.ones(4, 128))))
     assert not on_grids(split) and not on_grids(weight)
 
@@ -170,6 +170,18 @@ def test_gguf_takes_what_is_rounded_again(tmp_path, fold):
     lost = report["requantized"]["model.layers.1.mlp.down_proj"]
     assert lost["from"] == "nf4 g32" and lost["to"] == "int4 g32 sym" and 0 < lost["error"] < 0.2
     assert lost["error"] == pytest.approx(relative(own, other), rel=1e-6)
+
+
+@pytest.mark.parametrize("to", ["awq", "gguf"])
+def test_experts_are_rounded_again_one_by_one(tmp_path, to):
+    save_model(tmp_path / "dense", "mixtral", hidden_size=64, intermediate_size=32, num_hidden_layers=1)
+    recipe = {"steps": [{"method": "rtn", "scheme": {"grid": "nf4", "group_size": 32, "scale_dtype": "float16"}}]}
+    trifold.compress(tmp_path / "dense", recipe, None, tmp_path / "out", verbosity=-1)
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    report = trifold.export(tmp_path / "out", to, tmp_path / "again", requantize=True)
+    names = {"awq": "block_sparse_moe.experts.3.w1", "gguf": "mlp.experts.3.gate_proj"}
+    assert len(report["requantized"]) == 4 + 4 * 3 and 0 < report["error"] < 0.2
+    assert report["requantized"][f"model.layers.0.{names[to]}"]["from"] == "nf4 g32"
 
 
 def test_low_rank_goes_into_gguf_dense(tmp_path):

@@ -82,11 +82,11 @@ def on_grids(weight: Canonical) -> bool:
     return False
 
 
-def part_of(weight: Canonical, count: int, number: int) -> Canonical:
-    """One of `count` equal parts of the rows, also of a weight that is stored whole."""
-    found = parted(weight, count)[number]
-    if found is weight and count > 1:
-        return Dense(weight.dequantize().chunk(count)[number])
+def parts_of(weight: Canonical, count: int) -> list[Canonical]:
+    """A weight's rows in equal parts, also of one that is stored whole."""
+    found = parted(weight, count)
+    if count > 1 and found[0] is weight:
+        return [Dense(part) for part in weight.dequantize().chunk(count)]
     return found
 
 
@@ -112,7 +112,11 @@ def rounded(weight: Canonical, scheme: Scheme) -> Quantized:
 
 
 def _error(made: Canonical, values: torch.Tensor) -> float:
-    return float((made.dequantize() - values).double().square().sum())
+    return _square(made.dequantize() - values)
+
+
+def _square(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def _schemes(weight: Canonical) -> Iterator[Scheme]:
@@ -166,7 +170,7 @@ class Losses:
     def add(self, name: str, before: Canonical, after: Canonical) -> None:
         """A layer, also one that stayed what it was."""
         values = before.dequantize()
-        norm, error = float(values.double().square().sum()), 0.0 if after is before else _error(after, values)
+        norm, error = _square(values), 0.0 if after is before else _error(after, values)
         self.norm += norm
         self.error += error
         if after is not before:
