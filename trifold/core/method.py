@@ -1,10 +1,9 @@
-"""The four kinds of method, and what they are handed.
+"""The three kinds of method, and what they are handed.
 
 A method is one paper's idea: a frozen dataclass of its settings, pure, found by name in `METHODS`.
 
 - A *layer* method solves the linears that share one input: RTN, GPTQ, SparseGPT, SVD.
 - A *block* method rewrites a whole decoder block before it is solved, keeping its function: AWQ, SmoothQuant.
-- A *model* method transforms tensors as they are read: a global rotation.
 - A *tuner* optimises what was decided by gradient: block-wise or end-to-end recovery.
 """
 
@@ -163,7 +162,7 @@ class Rewrite:
 
 
 class Method:
-    """Base of the four kinds. needs: the statistics that calibration must gather; () means data-free."""
+    """Base of the three kinds. needs: the statistics that calibration must gather; () means data-free."""
 
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
     instead: ClassVar[Mapping[str, str]] = {}
@@ -261,14 +260,6 @@ class BlockMethod(Method, ABC):
     @abstractmethod
     def rewrite(self, context: BlockContext, carry: Any) -> tuple[Rewrite, Any]:
         """Pure: same context and carry, same rewrite."""
-
-
-class ModelMethod(Method, ABC):
-    """Transforms tensors as they are read from the checkpoint."""
-
-    @abstractmethod
-    def transform(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor to use instead."""
 
 
 @dataclass(frozen=True)
