@@ -17,15 +17,16 @@ from trifold.compress import checkpoint
 from trifold.compress.export_gguf import GgufPlan, plan_gguf, write_gguf
 from trifold.compress.files import copy_companions, float_dtype, model_folder, parse_size, reason
 from trifold.compress.folder import meta_model
+from trifold.compress.journal import sync_folder
 from trifold.compress.packed_folder import PackedFolder, open_packed
-from trifold.compress.requantize import Losses, Way, blank, find_way, part_of
+from trifold.compress.requantize import Losses, Way, blank, find_way, parts_of
 from trifold.compress.tensor_file import Entry, stored, write_tensors
 from trifold.core.canonical import Canonical
 from trifold.core.errors import CheckpointError, InputError, ProofError, unknown_name
 from trifold.core.linears import is_linear, is_transposed
 from trifold.core.scheme import Scheme
 from trifold.ecosystem import CODECS, ECOSYSTEMS, Codec, Settings, nearest
-from trifold.ecosystem.experts import PLAIN, ExpertNames, is_expert, names_of
+from trifold.ecosystem.experts import PLAIN, ExpertNames, is_expert, names_of, parted
 from trifold.formats import Spec
 from trifold.kernels import PackedExperts, is_stacked, unstack
 
@@ -221,7 +222,7 @@ def _choose(
     def refusal(weight: Canonical) -> str | None:
         return codec.refusal(weight, dtype)
 
-    way, parts = None, [part_of(weight, count, number) for number in range(count)]
+    way, parts = None, (parts_of if again else parted)(weight, count)
     for part in parts:
         why = refusal(part)
         way = way if why is None else find_way(part, refusal) if again else None
@@ -262,9 +263,8 @@ def _layout(spec: Spec) -> str:
 def _encoded(
     source: PackedFolder, name: str, names: ExpertNames, layer: _Layer, dtype: torch.dtype, losses: Losses
 ) -> dict[str, torch.Tensor]:
-    found, outward, codec, weight = {}, names.outward(name), layer.codec, source.weight(name)
-    for number, each in enumerate(outward):
-        part = part_of(weight, len(outward), number)
+    found, outward, codec = {}, names.outward(name), layer.codec
+    for each, part in zip(outward, parts_of(source.weight(name), len(outward)), strict=True):
         held = layer.way(part) if layer.way else part
         losses.add(each, part, held)
         tensors = codec.encode(held, dtype)
@@ -291,7 +291,10 @@ def _write_gguf(source: PackedFolder, plan: GgufPlan, folder: Path, place: Path)
         copy_companions(source.folder, folder, without=_NOT_COPIED)
         checkpoint.publish(folder, place)
         return total
+    if place.is_dir():  # an empty one
+        place.rmdir()
     os.replace(folder / "model.gguf", place)
+    sync_folder(place.absolute().parent)
     checkpoint.discard(folder)
     return total
 
