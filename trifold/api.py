@@ -46,7 +46,8 @@ def compress(
     ResourceError; see `trifold.core.errors`.
     """
     from trifold.compress.deliver import Delivery
-    from trifold.compress.pipeline import Options, run
+    from trifold.compress.job import Options
+    from trifold.compress.pipeline import run
     from trifold.compress.progress import Reporter
     from trifold.compress.recipe import Recipe
 

@@ -76,7 +76,9 @@ def compress(
     """
     from trifold.compress import checkpoint
     from trifold.compress.deliver import Delivery
-    from trifold.compress.pipeline import Options, prepare, run
+    from trifold.compress.job import Options
+    from trifold.compress.pipeline import run
+    from trifold.compress.preflight import prepare
     from trifold.compress.progress import Reporter
     from trifold.compress.recipe import Recipe
 

@@ -20,8 +20,9 @@ from trifold.compress.export_gguf import GgufPlan, plan_gguf, write_gguf
 from trifold.compress.files import copy_companions, float_dtype, model_folder, parse_size, reason
 from trifold.compress.folder import meta_model
 from trifold.compress.hub import check_hub, push
+from trifold.compress.journal import sync_folder
 from trifold.compress.packed_folder import PackedFolder, open_packed, read_json
-from trifold.compress.requantize import Losses, Way, blank, find_way, part_of
+from trifold.compress.requantize import Losses, Way, blank, find_way, parts_of
 from trifold.compress.summary import summarise
 from trifold.compress.tensor_file import Entry, stored, write_tensors
 from trifold.core.canonical import Canonical
@@ -30,7 +31,7 @@ from trifold.core.linears import is_linear, is_transposed
 from trifold.core.scheme import Scheme
 from trifold.ecosystem import CODECS, ECOSYSTEMS, Codec, Settings, nearest
 from trifold.ecosystem.engines import ENGINES, Engine, check_layers, engine_of, engine_refusal, runs
-from trifold.ecosystem.experts import PLAIN, ExpertNames, is_expert, names_of
+from trifold.ecosystem.experts import PLAIN, ExpertNames, is_expert, names_of, parted
 from trifold.formats import Spec
 from trifold.kernels import PackedExperts, is_stacked, unstack
 
@@ -89,7 +90,10 @@ def export(
         else:
             total = _write(source, plan, partial_folder, shard)
         if alone:
+            if place.is_dir():  # an empty one
+                place.rmdir()
             os.replace(partial_folder / "model.gguf", place)
+            sync_folder(place.absolute().parent)
             checkpoint.discard(partial_folder)
         else:
             copy_companions(source.folder, partial_folder, without=_NOT_COPIED)
@@ -332,7 +336,7 @@ def _choose(
         why = codec.refusal(weight, dtype)
         return why or (engine and engine_refusal(engine, names.outward(name)[0], codec, weight))
 
-    way, parts = None, [part_of(weight, count, number) for number in range(count)]
+    way, parts = None, (parts_of if again else parted)(weight, count)
     for part in parts:
         why = refusal(part)
         way = way if why is None else find_way(part, refusal) if again else None
@@ -376,9 +380,8 @@ def _layout(spec: Spec) -> str:
 def _encoded(
     source: PackedFolder, name: str, names: ExpertNames, layer: _Layer, dtype: torch.dtype, losses: Losses
 ) -> dict[str, torch.Tensor]:
-    found, outward, codec, weight = {}, names.outward(name), layer.codec, source.weight(name)
-    for number, each in enumerate(outward):
-        part = part_of(weight, len(outward), number)
+    found, outward, codec = {}, names.outward(name), layer.codec
+    for each, part in zip(outward, parts_of(source.weight(name), len(outward)), strict=True):
         held = layer.way(part) if layer.way else part
         losses.add(each, part, held)
         tensors = codec.encode(held, dtype)

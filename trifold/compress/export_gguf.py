@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -15,13 +16,13 @@ import numpy as np
 import torch
 
 from trifold.compress.packed_folder import PackedFolder
-from trifold.compress.requantize import Losses, Way, find_way, on_grids, part_of
+from trifold.compress.requantize import Losses, Way, find_way, on_grids, parts_of
 from trifold.compress.tensor_file import Entry
 from trifold.core.canonical import Canonical, Dense
 from trifold.core.errors import InputError, ProofError
 from trifold.ecosystem import nearest
 from trifold.ecosystem.base import quantized
-from trifold.ecosystem.experts import stack_names
+from trifold.ecosystem.experts import PLAIN, parted, stack_names
 from trifold.ecosystem.gguf import architecture as facts
 from trifold.ecosystem.gguf.blocks import Block, block_for, refusal
 from trifold.ecosystem.gguf.tokenizer import write_tokenizer
@@ -100,7 +101,8 @@ def _packed(
 
     def parts(codes: bool) -> Iterator[tuple[str, Canonical]]:
         for layer, part, count in members:
-            yield layer, part_of(source.weight(layer, codes), count, part)
+            whole = source.weight(layer, codes)
+            yield PLAIN.outward(layer)[part], (parts_of if again else parted)(whole, count)[part]
 
     found = dict(parts(codes=False))
     ways = {layer: _way(layer, weight, again, dtype) for layer, weight in found.items()}
@@ -167,11 +169,13 @@ def _dense(name: str, entry: Entry, config: Mapping[str, Any], kind: facts.Archi
     if dtype not in _PLAIN_TYPES:
         raise InputError(f"{name}: gguf has no type for {dtype}; --to dense can hold it")
 
+    shape = entry.shape[1:] if place.endswith("ffn_gate_inp_shexp.weight") else entry.shape  # one row, as a vector
+
     def load() -> torch.Tensor:
         values = entry.load().to(dtype)
         return values if order is None else values[order]
 
-    return GgufTensor(place, _PLAIN_TYPES[dtype], entry.shape, 0, load)
+    return GgufTensor(place, _PLAIN_TYPES[dtype], shape, 0, load)
 
 
 def write_gguf(plan: GgufPlan, file: Path, tokenizer: Path) -> int:
@@ -180,29 +184,28 @@ def write_gguf(plan: GgufPlan, file: Path, tokenizer: Path) -> int:
     Raises InputError for a tokenizer that llama.cpp does not know, ProofError if the file is not what was written."""
     import gguf
 
-    writer = gguf.GGUFWriter(file, plan.kind.name)
-    facts.write_settings(writer, plan.config, plan.kind)
-    write_tokenizer(writer, tokenizer, plan.config["vocab_size"], plan.config)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(_file_type(plan))
-    for tensor in plan.tensors:
-        stored = gguf.GGMLQuantizationType[tensor.type]
-        size = math.prod(gguf.quant_shape_to_byte_shape(tensor.shape, stored))
-        # with a dtype of floats the shape is taken as that of the weights, whatever their type
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, stored)
-    writer.write_header_to_file(file)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
     sums = {}
-    for tensor in plan.tensors:
-        data = tensor.load().contiguous().view(torch.uint8).numpy()
-        sums[tensor.name] = hashlib.sha256(data.data).digest()
-        writer.write_tensor_data(data)
-    assert writer.fout is not None
-    for out in writer.fout:
-        out.flush()
-        os.fsync(out.fileno())
-    writer.close()
+    with contextlib.closing(gguf.GGUFWriter(file, plan.kind.name)) as writer:
+        facts.write_settings(writer, plan.config, plan.kind)
+        write_tokenizer(writer, tokenizer, plan.config["vocab_size"], plan.config)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(_file_type(plan))
+        for tensor in plan.tensors:
+            stored = gguf.GGMLQuantizationType[tensor.type]
+            size = math.prod(gguf.quant_shape_to_byte_shape(tensor.shape, stored))
+            # with a dtype of floats the shape is taken as that of the weights, whatever their type
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, stored)
+        writer.write_header_to_file(file)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in plan.tensors:
+            data = tensor.load().contiguous().view(torch.uint8).numpy()
+            sums[tensor.name] = hashlib.sha256(data.data).digest()
+            writer.write_tensor_data(data)
+        assert writer.fout is not None
+        for out in writer.fout:
+            out.flush()
+            os.fsync(out.fileno())
     _prove(plan, file, sums)
     return file.stat().st_size
 

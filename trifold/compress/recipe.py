@@ -234,6 +234,12 @@ class Recipe(_Strict):
         return not self.has_static_inputs and not any(step.wants_text for step in self.steps)
 
     @property
+    def more_text(self) -> int:
+        """So many times the windows of calibration some tuner wants in addition."""
+        methods = [step.build() for step in self.steps]
+        return max((method.more_text for method in methods if isinstance(method, Tuner)), default=0)
+
+    @property
     def has_static_inputs(self) -> bool:
         """Whether scales of activations have to be found in calibration text."""
         return any(step.input is not None and step.input.static for step in self.steps)

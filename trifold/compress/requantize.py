@@ -42,7 +42,8 @@ def plain(weight: Canonical) -> Canonical:
 def nearest_scheme(weight: Canonical, refusal: Refusal) -> Scheme | None:
     """The scheme of integers, or of 8-bit floats, nearest to the weight's own that is not refused; None if all are.
 
-    More bits come before fewer, its own group size before smaller ones and those before one scale a row.
+    More bits come before fewer, its own group size before smaller ones, those before larger
+    ones and one scale a row.
     """
     return next((each for each in _schemes(weight) if refusal(blank(weight.shape, each)) is None), None)
 
@@ -81,11 +82,11 @@ def on_grids(weight: Canonical) -> bool:
     return False
 
 
-def part_of(weight: Canonical, count: int, number: int) -> Canonical:
-    """One of `count` equal parts of the rows, also of a weight that is stored whole."""
-    found = parted(weight, count)[number]
-    if found is weight and count > 1:
-        return Dense(weight.dequantize().chunk(count)[number])
+def parts_of(weight: Canonical, count: int) -> list[Canonical]:
+    """A weight's rows in equal parts, also of one that is stored whole."""
+    found = parted(weight, count)
+    if count > 1 and found[0] is weight:
+        return [Dense(part) for part in weight.dequantize().chunk(count)]
     return found
 
 
@@ -111,13 +112,17 @@ def rounded(weight: Canonical, scheme: Scheme) -> Quantized:
 
 
 def _error(made: Canonical, values: torch.Tensor) -> float:
-    return float((made.dequantize() - values).double().square().sum())
+    return _square(made.dequantize() - values)
+
+
+def _square(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def _schemes(weight: Canonical) -> Iterator[Scheme]:
     bits, group, symmetric, dtype = _nature(weight)
     smaller = [size for size in _GROUPS if not isinstance(group, int) or size < group]
-    groups = list(dict.fromkeys([group, *smaller, "channel"]))
+    groups = list(dict.fromkeys([group, *smaller, *reversed(_GROUPS), "channel"]))
     dtypes: list[ScaleDtype] = list(dict.fromkeys([dtype, "float16", "bfloat16", "float32"]))  # type: ignore[list-item]
     for wanted in (*range(bits, 9), *range(bits - 1, 1, -1)):
         for even in (symmetric, not symmetric):
@@ -165,7 +170,7 @@ class Losses:
     def add(self, name: str, before: Canonical, after: Canonical) -> None:
         """A layer, also one that stayed what it was."""
         values = before.dequantize()
-        norm, error = float(values.double().square().sum()), 0.0 if after is before else _error(after, values)
+        norm, error = _square(values), 0.0 if after is before else _error(after, values)
         self.norm += norm
         self.error += error
         if after is not before:

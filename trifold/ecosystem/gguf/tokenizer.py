@@ -98,6 +98,8 @@ def _kind(whole: Mapping[str, Any]) -> tuple[str, str, dict[str, float]]:
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise InputError(f"its BPE has {option}={model[option]!r}")
+    if not model["merges"]:
+        raise InputError("its BPE has no merges")
     if model.get("byte_fallback"):
         return "llama", "default", _scores(whole)
     patterns = _patterns(whole.get("pre_tokenizer"))
