@@ -261,7 +261,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of checkpoints to make")
     parser.add_argument("--record", action="store_true", help="write the comparison to benchmarks/results")
     args = parser.parse_args()
+    args.out, args.text = args.out.resolve(), args.text.resolve()
+    args.model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     args.out.mkdir(parents=True, exist_ok=True)
+    os.chdir(args.out)  # where tools write their logs
     MODES[args.mode](args)
 
 
