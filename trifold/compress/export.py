@@ -334,7 +334,9 @@ def _choose(
 
     def refusal(weight: Canonical) -> str | None:
         why = codec.refusal(weight, dtype)
-        return why or (engine and engine_refusal(engine, names.outward(name)[0], codec, weight))
+        if why is None and engine is not None:
+            why = engine_refusal(engine, names.outward(name)[0], codec, weight)
+        return why
 
     way, parts = None, (parts_of if again else parted)(weight, count)
     for part in parts:
