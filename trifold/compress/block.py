@@ -49,9 +49,9 @@ class Seen:
     tokens: int = 0
 
     def divided(self, divisor: torch.Tensor) -> Seen:
-        """The same of the input divided by (in,)."""
+        """The same of the input divided by (in,); the Gram matrix in place, for two may not fit."""
         inverse = divisor.double().reciprocal()
-        gram = None if self.gram is None else self.gram * inverse * inverse[:, None]
+        gram = None if self.gram is None else self.gram.mul_(inverse).mul_(inverse[:, None])
         absmax, sample, absmean, mean = (
             None if t is None else t / divisor for t in (self.absmax, self.sample, self.absmean, self.mean)
         )
