@@ -170,8 +170,8 @@ def faster(layers: int, nsamples: int, seqlen: int, recipe: str, work: Path, rec
     if record:
         about = (
             f"`{recipe}`: {layers} random blocks of TinyLlama's width, {nsamples} x {seqlen} tokens, processes of one\n"
-            f"thread; the whole command, imports, writing and proof among it. Seconds of CPU tell what free cores would\n"
-            f"give where others compute, too.\n\n"
+            f"thread; the whole command, imports, writing and proof among it. Seconds of CPU tell what free cores\n"
+            f"would give where others compute, too.\n\n"
         )
         save(
             "processes-faster",
