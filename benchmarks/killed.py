@@ -2,7 +2,7 @@
 
 Each run is a process of its own, forked from one that has imported everything, so that kills fall into the work.
 
-python benchmarks/killed.py --moments 10
+python benchmarks/killed.py --moments 10 [--recipe NAME ...] [--only PART]
 """
 
 from __future__ import annotations
@@ -130,11 +130,16 @@ def check(
     return outcome
 
 
-def cases(work: Path, model: Path, calib: Path) -> list[tuple[Path, str, list[str], Path, list[str]]]:
-    """Model, kind of recipe, recipe, text and sizes of every check."""
+def cases(
+    work: Path, model: Path, calib: Path, presets: tuple[str, ...]
+) -> list[tuple[Path, str, list[str], Path, list[str]]]:
+    """Model, kind of recipe, recipe, text and sizes of every check; of the presets alone, should there be any."""
     from tests.helpers import save_model, write_text
 
-    found = [(model, kind, recipe, calib, ["--nsamples", "8", "--seqlen", "128"]) for kind, recipe in RECIPES.items()]
+    recipes = [("chosen", [preset]) for preset in presets] or list(RECIPES.items())
+    found = [(model, kind, recipe, calib, ["--nsamples", "8", "--seqlen", "128"]) for kind, recipe in recipes]
+    if presets:
+        return found
     text = write_text(work / "words.jsonl")
     for family, recipe in MIXTURES.items():
         mixture = save_model(work / family, family)
@@ -147,16 +152,19 @@ def cases(work: Path, model: Path, calib: Path) -> list[tuple[Path, str, list[st
 @click.option("--seed", type=int, help="Of the moments.")
 @click.option("--calib", type=click.Path(path_type=Path), default=SHARED / "data/pycode/calib.jsonl")
 @click.option("--model", type=click.Path(path_type=Path), default=SHARED / "models/pycode-5m")
+@click.option("--recipe", "recipes", multiple=True, help="Check the dense model with these presets, and no mixture.")
 @click.option("--only", help="Only recipes or mixtures whose name holds this.")
 @click.option("--record", is_flag=True, help="Write benchmarks/results/killed.{json,md}.")
-def main(moments: int, seed: int | None, calib: Path, model: Path, only: str | None, record: bool) -> None:
+def main(
+    moments: int, seed: int | None, calib: Path, model: Path, recipes: tuple[str, ...], only: str | None, record: bool
+) -> None:
     """Check a dense model with recipes of each fold, and mixtures of experts."""
     random.seed(seed)
     torch.set_num_threads(1)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        for one, kind, recipe, text, sizes in cases(work, model, calib):
+        for one, kind, recipe, text, sizes in cases(work, model, calib, recipes):
             if only and only not in f"{one.name} {' '.join(recipe)}":
                 continue
             (work / str(len(outcomes))).mkdir()

@@ -25,6 +25,7 @@ def fingerprint_of(job: Job) -> dict[str, Any]:
         "dtype": job.dtype_name,
         "device": str(job.source.device),
         "calibration": job.windows.digest if job.observed else None,
+        "more text": job.more.digest if job.more else None,
         "batch_size": job.batch_size,
         "threads": torch.get_num_threads(),
         "processes": job.processes.size,
@@ -58,6 +59,7 @@ def report_of(
             "windows": len(job.windows.ids),
             "seqlen": job.windows.seqlen,
             "tokens": job.windows.total_tokens,
+            "more_tokens": job.more.total_tokens if job.more else 0,
             "bos": job.windows.bos,
             "notices": list(job.windows.notices),
         }

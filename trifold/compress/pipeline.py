@@ -84,9 +84,8 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
         if shares:
             journal.note("allocation", shares)
         if cuts(job.plan):
-            carries = journal.noted("survey") or survey(walk)
-            journal.note("survey", carries)
-            walk.carries.update(carries)
+            walk.carries.update(_surveyed(walk, journal.noted("survey")))
+            journal.note("survey", walk.carries)
         if walk.shares_state:
             journal.done = 0  # blocks read what earlier ones left in memory, so none can be skipped
         job.processes.same(journal.done)
@@ -134,9 +133,15 @@ def _shares(walk: Walk, noted: Mapping[str, float] | None) -> Mapping[str, float
     job = walk.job
     if not has_budget(job.plan):
         return {}
-    shares: Mapping[str, float] = job.processes.same(noted) or allocate_shares(walk)
+    shares: Mapping[str, float] = job.processes.same(noted) or job.processes.same(allocate_shares(walk))
     job.plan = with_shares(job.plan, shares)
     return shares
+
+
+def _surveyed(walk: Walk, noted: dict[str, Any] | None) -> dict[str, Any]:
+    """How the budget of dimensions is divided. noted: what was found before the run broke off."""
+    found: dict[str, Any] = walk.job.processes.same(noted) or survey(walk)
+    return found
 
 
 def _follow(job: Job, output: Path) -> None:
@@ -148,6 +153,8 @@ def _follow(job: Job, output: Path) -> None:
         job.source.open_outside()
         with Walk(job, room_of(job.options, folder)) as walk:
             _shares(walk, None)
+            if cuts(job.plan):
+                walk.carries.update(_surveyed(walk, None))
             journal = Follower(folder, job.processes.rank, job.processes.same(None))
             if journal.done:
                 walk.resume(job.processes.same(None), journal.hidden())

@@ -24,9 +24,9 @@ from trifold.compress.plan import make_plan
 from trifold.compress.processes import ALONE, Processes
 from trifold.compress.progress import Reporter
 from trifold.compress.recipe import Recipe
-from trifold.compress.slicing import check_known, cuts
+from trifold.compress.slicing import check_known
 from trifold.compress.source import LiveSource, Source
-from trifold.core.errors import CalibrationError, InputError, RecipeError
+from trifold.core.errors import CalibrationError, InputError
 from trifold.core.families import topology_of
 
 
@@ -59,9 +59,11 @@ def prepare(
             if recipe.has_static_inputs:
                 why += " for its static activation scales (input.static=false finds them at run time)"
             raise CalibrationError(f"recipe {recipe.name!r} {why}; give it with --calib FILE")
-        windows = random_windows(source.config, recipe.seed)
+        windows, more = random_windows(source.config, recipe.seed), None
     else:
-        windows = text_windows(calibration, source.tokenizer, source.config, recipe.nsamples, recipe.seqlen)
+        limit = recipe.nsamples * (1 + recipe.more_text)
+        windows = text_windows(calibration, source.tokenizer, source.config, limit, recipe.seqlen)
+        windows, more = windows.divided(recipe.nsamples)
         found = lint(windows, plan, source.tokenizer, source.name)
         windows = replace(windows, notices=(*windows.notices, *found))
     config = source.config.get_text_config()
@@ -79,9 +81,7 @@ def prepare(
         source.check_finite()
     tokens = CALIBRATION_TOKENS.get(torch.device(source.device).type, TOKENS_PER_BATCH)
     size = options.batch_size or default_batch_size(windows, tokens)
-    job = Job(source, recipe, plan, windows, calibration is not None, topology, size, options, report, processes)
-    if processes.size > 1 and cuts(plan):
-        raise RecipeError("dimensions are divided by one process; start this recipe without torchrun")
+    job = Job(source, recipe, plan, windows, more, calibration is not None, topology, size, options, report, processes)
     if job.observed and len(job.batches) < processes.size:
         raise CalibrationError(
             f"{windows.source}: {len(job.batches)} batches for {processes.size} processes; start fewer, or give "
