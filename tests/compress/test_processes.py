@@ -14,7 +14,7 @@ import trifold
 from tests.helpers import contents, make_model, trifold_cli
 from trifold.compress import pipeline
 from trifold.compress.job import Options
-from trifold.compress.pipeline import prepare
+from trifold.compress.preflight import prepare
 from trifold.compress.processes import ALONE, Processes
 from trifold.compress.progress import Reporter
 from trifold.compress.recipe import Recipe

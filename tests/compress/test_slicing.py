@@ -119,7 +119,7 @@ def test_it_is_the_model_with_rows_left_out(tmp_path):
             assert torch.allclose(step.logits[:, 0], wanted[:, at], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gpt2", "opt"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_generation_with_a_cache_of_the_reduced_size(tmp_path, family, attention):
     out, _, _ = compress(tmp_path, family, "--set", "allocation=uniform")
@@ -138,7 +138,11 @@ def test_generation_with_a_cache_of_the_reduced_size(tmp_path, family, attention
         for _ in range(8):  # full recomputation, by hand
             grown = torch.cat([grown, model(grown).logits[:, -1:].argmax(-1)], 1)
         assert torch.equal(grown[0], found[1])
-        cache = model(x, use_cache=True).past_key_values
+        whole, cache, logits = model(x).logits, None, []
+        for piece in x.split([4, 1, 3, 1], 1):  # a prompt in pieces, single tokens between them
+            step = model(piece, past_key_values=cache, use_cache=True)
+            cache, logits = step.past_key_values, [*logits, step.logits]
+        assert torch.allclose(torch.cat(logits, 1), whole, atol=1e-5)
     heads = next(m for m in model.modules() if isinstance(m, SlicedAttention))
     assert heads.v_dim < heads.layout.head_dim and (heads.qk_dim < heads.layout.head_dim) == (family != "qwen3")
     assert cache.layers[0].keys.shape[-1] == heads.qk_dim and cache.layers[0].values.shape[-1] == heads.v_dim

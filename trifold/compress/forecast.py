@@ -111,7 +111,8 @@ def forecast(
         beside = hidden // streams
         stages["allocate"] = max(_allocate(b, forward) for b in parts) + kept + (0 if room.offload else beside) + HEAP
     if plan.tuners:
-        stages["tune"] = max(_tune(plan, parts)) + packed_outside + kept + logits * 2
+        more = max(tuner.more_text for _, tuner, _ in plan.tuners)
+        stages["tune"] = max(_tune(plan, parts)) + packed_outside + kept + more * (hidden + calls) + logits * 2
     device = {}
     if gpu:  # what calibration touches is there; the host reads shards and writes them
         device = {name: stages[name] for name in ("capture", "observe", "solve", "pack", "tail", "proof")}
@@ -165,7 +166,7 @@ def check_disk(name: str, needed: Forecast, output: Path) -> None:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _sizes(model: Any, plan: Plan, specs: Mapping[str, Spec], blocks: str) -> tuple[list[_Block], tuple[int, int, int]]:
