@@ -64,18 +64,28 @@ def export(
     *,
     dtype: str | torch.dtype = "auto",
     max_shard_size: str | int = "5GB",
+    requantize: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write a compressed checkpoint as another engine loads it, without changing a code.
 
     model: a folder or hub id, of Trifold, compressed-tensors, GPTQ or AWQ. to: "compressed-tensors",
-    "pack-quantized", "int-quantized", "float-quantized", "gptq", "gptq_v2", "awq" or "dense". output: a folder that
-    must not exist yet. dtype: with "dense", of the weights. Returns the report. Raises InputError, before anything is
-    written, for a layer that the format cannot hold exactly.
+    "pack-quantized", "int-quantized", "float-quantized", "gptq", "gptq_v2", "awq", "gguf" or "dense". output: a
+    folder, or with "gguf" a file that ends so, that must not exist yet. dtype: with "dense", of the weights.
+    requantize: round what the format cannot hold a second time, and report by how much. Returns the report. Raises
+    InputError, before anything is written, for a layer that the format cannot hold exactly.
     """
     from trifold.compress.export import export as write
 
-    return write(model, to, output, dtype=dtype, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code)
+    return write(
+        model,
+        to,
+        output,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        requantize=requantize,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def evaluate(

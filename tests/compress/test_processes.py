@@ -1,5 +1,6 @@
 """Two processes on one compression: the same checkpoint but for the order of sums, and one message when one fails."""
 
+import json
 import os
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import trifold
 from tests.helpers import contents, make_model, trifold_cli
 from trifold.compress import pipeline
 from trifold.compress.job import Options
-from trifold.compress.pipeline import prepare
+from trifold.compress.preflight import prepare
 from trifold.compress.processes import ALONE, Processes
 from trifold.compress.progress import Reporter
 from trifold.compress.recipe import Recipe
@@ -101,6 +102,23 @@ def test_rounding_does_not_depend_on_processes(tiny, tmp_path):
     assert trifold_cli(*arguments, "-o", tmp_path / "one")[0] == 0
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     assert two.keys() == one.keys() and all(torch.equal(two[name], one[name]) for name in one)
+
+
+def test_budgets_are_divided_by_all_processes_together(tiny, tmp_path, text):
+    steps = [
+        {"method": "modegpt", "targets": ["*mlp*"], "options": {"keep": 0.6}},
+        {"method": "reduced_rank", "targets": ["*self_attn*"], "options": {"global_keep": 0.7, "multiple_of": 1}},
+    ]
+    (tmp_path / "recipe.json").write_text(json.dumps({"steps": steps}))
+    arguments = ("compress", tiny(num_hidden_layers=2), "-r", tmp_path / "recipe.json", "--calib", text, *SIZES)
+    codes, told = start("-m", "trifold", *arguments, "-o", tmp_path / "two")
+    assert codes == [0, 0], told
+    assert trifold_cli(*arguments, "-o", tmp_path / "one")[0] == 0
+    two, one = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("two", "one"))
+    assert two["quantization_config"]["slices"] == one["quantization_config"]["slices"]
+    two, one = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("two", "one"))
+    assert two["bits_per_weight"] == pytest.approx(one["bits_per_weight"], rel=0.02)
+    assert two["mean_error"] == pytest.approx(one["mean_error"], rel=0.1)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

@@ -195,6 +195,13 @@ def test_a_group_of_act_order_without_columns_is_left_out():
     assert torch.equal(found.dequantize(), expected) and len(found.parts) == 3
 
 
+@pytest.mark.parametrize("name", ["gptq_v2", "awq"])
+@pytest.mark.parametrize(("group", "written"), [(32, 32), (64, 64), (128, -1), ("channel", -1)])
+def test_a_group_as_wide_as_the_row_is_still_one(name, group, written):
+    """So that layers of other widths can have the same setting."""
+    assert CODECS.get(name).settings(sample(columns=64, group=group))["group_size"] == written
+
+
 def test_awq_by_hand():
     codes = torch.arange(8, dtype=torch.uint8)[:, None].expand(8, 2)
     weight = Quantized(codes, torch.ones(8, 1).half(), None, Scheme(4, "channel", True, "float16"))

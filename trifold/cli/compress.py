@@ -63,7 +63,9 @@ def compress(
     torchrun --nproc-per-node 2 -m trifold compress ...
     """
     from trifold.compress import checkpoint
-    from trifold.compress.pipeline import Options, prepare, run
+    from trifold.compress.job import Options
+    from trifold.compress.pipeline import run
+    from trifold.compress.preflight import prepare
     from trifold.compress.progress import Reporter
     from trifold.compress.recipe import Recipe
 

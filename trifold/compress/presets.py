@@ -133,7 +133,7 @@ def _low_rank_step(match: re.Match[str]) -> dict[str, Any]:
 
 def _residual_step(match: re.Match[str]) -> dict[str, Any]:
     bits = int(match["weight"])
-    options = {"lr_bits": int(match["tenths"]) / 10, "factor_bits": 3 if bits < 3 else 4}
+    options = {"global_lr_bits": int(match["tenths"]) / 10, "factor_bits": 3 if bits < 3 else 4}
     return {"method": "residual", "options": options, "scheme": {"bits": bits, **_WEIGHT_ONLY}}
 
 

@@ -102,6 +102,7 @@ class InputModel(_Strict):
     bits: StrictInt = 8
     grid: StrictStr = "int"
     static: bool = False
+    full_range: bool = False
 
     def build(self) -> InputScheme:
         return InputScheme(**self.model_dump())

@@ -14,7 +14,7 @@ from trifold.compress.block import BlockCompressor
 from trifold.compress.capture import Call, Tail, capture_calls, own_state
 from trifold.compress.compressed import Compressed
 from trifold.compress.job import Job
-from trifold.compress.journal import Journal
+from trifold.compress.journal import Journal, reference
 from trifold.compress.tensor_file import Entry
 from trifold.core.canonical import Canonical
 from trifold.core.linears import is_transposed, linears, weight_of
@@ -262,7 +262,7 @@ class ModelTuning:
                     entry["error"] = errors.found[name]
                 elif "e2e_oqp" in entry:
                     entry["error_of"] += " before e2e_oqp"
-            self.journal.keep(f"reference-{index:05d}", {"hidden": hidden[0]})
+            self.journal.keep(reference(index), {"hidden": hidden[0]})
             source.close_block(index)
         self.journal.keep("reference-logits", {"logits": self._behind(0, hidden[0])})
 

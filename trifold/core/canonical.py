@@ -92,12 +92,14 @@ class Quantized(Canonical):
 
     def dequantize(self) -> torch.Tensor:
         width = self.scheme.group_width(self.shape[1])
-        scale = expand_groups(self.scale.float(), self.shape, width)
-        if self.scheme.table is not None:
-            return self.scheme.table.decode(self.codes) * scale
-        if self.zero_point is None:
-            return (self.codes.float() - self.scheme.midpoint) * scale
-        return (self.codes.float() - expand_groups(self.zero_point.float(), self.shape, width)) * scale
+        table, zero = self.scheme.table, self.zero_point
+        values = self.codes.float() if table is None else table.decode(self.codes)
+        if zero is not None:
+            values -= expand_groups(zero.float(), self.shape, width)
+        elif table is None:
+            values -= self.scheme.midpoint
+        values *= expand_groups(self.scale.float(), self.shape, width)
+        return values
 
 
 @dataclass(frozen=True, eq=False)

@@ -246,6 +246,11 @@ class BlockMethod(Method, ABC):
         """Share of the weights that is left of the linears it is given."""
         return 1.0
 
+    def workspace(self, shape: tuple[int, int]) -> int:
+        """About how many bytes a cut needs, beside what a block's context holds, for the linear (out, in) with the most
+        inputs; asked of a method that cuts."""
+        return 0
+
     def survey(self, context: BlockContext, influence: float) -> Any:
         """What the division of a budget wants to know of a dense block, as JSON; asked of a method that cuts.
 
