@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from trifold.compress.card import Card
+from trifold.compress.checkpoint import QUANT_METHOD
 from trifold.compress.compressed import Compressed
 from trifold.compress.experts import tokens_of_experts
 from trifold.compress.job import Job
@@ -78,3 +81,18 @@ def report_of(
         "seconds": round(seconds, 3),
         "peak_memory_bytes": resident_bytes(),
     }
+
+
+def card_of(job: Job, report: Mapping[str, Any], front: Mapping[str, Any]) -> str:
+    """The model card of a result. front: what the dense model's own says at its head."""
+    rows = {
+        "layers compressed": str(len(report["layers"])),
+        "bits per compressed weight": f"{report['bits_per_weight']:.3f}",
+        "bits per weight of the whole model": f"{report['model_bits_per_weight']:.3f}",
+        "size": f"{report['total_bytes'] / 1e6:.2f} MB (dense: {report['dense_bytes'] / 1e6:.2f} MB)",
+    }
+    if (text := report["calibration"]) is not None:
+        source = Path(text["source"])
+        named = source.name if source.is_file() else text["source"]
+        rows["calibration"] = f"{named}, {text['windows']} windows of {text['seqlen']} tokens"
+    return Card(job.repository, job.source.name, QUANT_METHOD, (), rows, job.recipe.to_dict(), front).text()

@@ -45,7 +45,8 @@ def room_of(options: Options, folder: Path | None = None) -> Room:
 
 @dataclass
 class Job:
-    """A compression that passed its preflight. windows: of calibration. more: further text, for tuners of the model."""
+    """A compression that passed its preflight. windows: of calibration. more: further text, for tuners of the model.
+    repository: what the result will be called on the hub."""
 
     source: Source
     recipe: Recipe
@@ -58,6 +59,7 @@ class Job:
     options: Options
     report: Reporter
     processes: Processes = ALONE
+    repository: str | None = None
 
     @cached_property
     def batches(self) -> list[torch.Tensor]:

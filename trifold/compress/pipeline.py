@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from trifold.compress import checkpoint
-from trifold.compress.account import fingerprint_of, quantization_of, report_of, stamp
+from trifold.compress.account import card_of, fingerprint_of, quantization_of, report_of, stamp
 from trifold.compress.allocate import allocate_shares, has_budget, with_shares
 from trifold.compress.calibration import Calibration
+from trifold.compress.card import NAME, front_of
 from trifold.compress.compressed import Compressed
+from trifold.compress.deliver import Delivery
 from trifold.compress.estimate import check_room
 from trifold.compress.files import parse_size
 from trifold.compress.integration.load import load, read_compressed
@@ -114,6 +116,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
 
     checkpoint.write_shards(partial, units(), parse_size(job.options.max_shard_size, "--max-shard-size"))
     source.copy_files(partial)
+    front = front_of(partial)
     checkpoint.write_config(partial, source.config_dict() | {"dtype": job.dtype_name}, quantization_of(job, everything))
     tail.tensors.clear()
     source.close_outside()
@@ -123,6 +126,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     report = report_of(job, everything, sizes, proof, time.perf_counter() - started)
     report["fingerprint"] = stamp(fingerprint_of(job))
     checkpoint.write_report(partial, report)
+    (partial / NAME).write_text(card_of(job, report, front), encoding="utf-8")
     journal.remove()
     checkpoint.publish(partial, output)
     return report
@@ -221,10 +225,13 @@ def run(
     options: Options,
     report: Reporter,
     tokenizer: Any = None,
+    delivery: Delivery | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Compress to a folder (returns None and the report) or into a model (returns it and the report)."""
     if output is not None:
         checkpoint.check_output(output)
+    if delivery:
+        delivery.begin(output)
     leave_the_heap()
     processes = join()
     if not processes.writes:
@@ -232,6 +239,9 @@ def run(
     job = prepare(model, recipe, calibration, options, report, tokenizer, processes)
     if processes.size > 1:
         _check_processes(job, output)
+    if delivery and output is not None:
+        delivery.check(job, output)
+        job.repository = delivery.repository
     if isinstance(job.source, LiveSource):
         whole = [step for step, tuner, _ in job.plan.tuners if tuner.level == "model"]
         if whole and output is None:
@@ -240,6 +250,8 @@ def run(
         model.eval()
         try:
             model.trifold_report = _run_live(job, output)
+            if delivery and output is not None:
+                model.trifold_report |= delivery.finish(output, options)
             return model, model.trifold_report
         finally:
             for module in training:
@@ -249,6 +261,8 @@ def run(
             check_room(job, output)
         written = compress_to(job, output)
         leave()
+        if delivery and processes.writes:
+            written |= delivery.finish(output, options)
         return None, written
     with tempfile.TemporaryDirectory() as folder:
         written = compress_to(job, Path(folder) / "model")
