@@ -7,6 +7,7 @@ python benchmarks/killed.py --moments 10 [--recipe NAME ...] [--only PART]
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -22,7 +23,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 import click
 import torch
-from common import ROOT, SHARED, machine, markdown, save
+from common import RESULTS, ROOT, SHARED, machine, markdown, save
 
 sys.path.insert(0, str(ROOT))
 from trifold.cli.main import main as trifold
@@ -174,22 +175,26 @@ def main(
                 f"times, the same bytes each time ({_places(found)})"
             )
             if record:
-                write(outcomes, moments)
+                write([found])
 
 
 def _places(outcome: Outcome) -> str:
     return ", ".join(f"{place} {count}" for place, count in sorted(outcome.places.items()))
 
 
-def write(outcomes: list[Outcome], moments: int) -> None:
-    """benchmarks/results/killed.{json,md}."""
+def write(outcomes: list[Outcome]) -> None:
+    """Put these into benchmarks/results/killed.{json,md}, in the place of those of the same models and recipes."""
+    file = RESULTS / "killed.json"
+    before = [Outcome(**run) for run in json.loads(file.read_text())["runs"]] if file.exists() else []
+    kept = {(o.model, o.recipe): o for o in (*before, *outcomes)}
+    outcomes = [kept[key] for key in sorted(kept)]
     head = ("model", "recipe", "of", "seconds", "killed", "finished, all alike", "where it was killed")
     rows: list[tuple[Any, ...]] = [
         (o.model, f"`{o.recipe}`", o.kind, f"{o.seconds:.1f}", sum(o.places.values()), o.finished, _places(o))
         for o in outcomes
     ]
     about = (
-        f"kill -9 at {moments} random moments of each run, which then goes on with the same command; whenever it is\n"
+        "kill -9 at random moments of each run, which then goes on with the same command; whenever it is\n"
         "done, all files but report.json are compared with those of a run that nothing disturbed.\n\n"
     )
     save("killed", {"machine": machine(), "runs": [vars(o) for o in outcomes]}, about + markdown(head, rows))

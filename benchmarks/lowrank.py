@@ -107,13 +107,17 @@ def sizes_table(dense: dict[str, Any], cells: dict[str, dict[str, Any]]) -> str:
 
 
 def matched_table(cells: dict[str, dict[str, Any]]) -> str:
-    """Pairs of rows of like size, the first against the second."""
+    """Pairs of rows of like size, the first against the second, and which is better by two standard errors."""
+    from trifold.eval import paired_difference
+
     rows = []
     for ours, theirs in MATCHED:
         if ours in cells and theirs in cells:
             a, b = cells[ours], cells[theirs]
             bits = f"{a['bits_per_weight']:.3f} : {b['bits_per_weight']:.3f}"
-            rows.append([ours, theirs, bits, rise(a, b), ours if a["loss"] < b["loss"] else theirs])
+            difference, error = paired_difference(a["window_losses"], b["window_losses"])
+            better = "neither" if abs(difference) < 2 * error else ours if difference < 0 else theirs
+            rows.append([ours, theirs, bits, rise(a, b), better])
     return markdown(["", "against", "bits per weight", "difference in loss, nats", "better"], rows)
 
 

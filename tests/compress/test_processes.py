@@ -18,7 +18,10 @@ from trifold.compress.preflight import prepare
 from trifold.compress.processes import ALONE, Processes
 from trifold.compress.progress import Reporter
 from trifold.compress.recipe import Recipe
+from trifold.core.canonical import stacked
 from trifold.core.errors import CalibrationError, InputError
+from trifold.core.method import METHODS, LayerProblem
+from trifold.core.scheme import Scheme
 from trifold.core.statistics import AbsMax, AbsMean, Drift, Gram, Mean, Observation, Sample
 
 SIZES = ("--nsamples", "8", "--seqlen", "32", "--batch-size", "2")
@@ -161,6 +164,26 @@ def test_statistics_of_two_processes_are_those_of_one(kind, monkeypatch):
     assert mine.tokens == merged.tokens == 15
     for name in kind.shared:
         assert torch.equal(getattr(mine, name), getattr(merged, name))
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptaq"])
+def test_rows_of_a_layer_are_decided_alone(name):
+    """So processes can share them; a scale of the whole tensor is found from all rows."""
+    torch.manual_seed(0)
+    method, scheme, x = METHODS.get(name)(), Scheme(3, 16), torch.randn(300, 48) @ torch.randn(48, 48)
+    weight, drift = torch.randn(70, 48), 0.01 * torch.randn(48, 48).double()
+    assert (
+        method.by_rows(scheme) and not method.by_rows(Scheme(3, "tensor")) and not METHODS.get("rtn")().by_rows(scheme)
+    )
+
+    def solved(rows):
+        return method.solve(LayerProblem({"": rows}, {"": scheme}, (x.T @ x).double(), drift)).canonical[""]
+
+    whole, joined = solved(weight), stacked([solved(rows) for rows in weight.tensor_split(3)])
+    assert joined.shape == whole.shape and joined.scheme == whole.scheme
+    assert (joined.codes == whole.codes).float().mean() > 0.999
+    assert torch.allclose(joined.scale.float(), whole.scale.float(), rtol=1e-3)
+    assert torch.equal(joined.zero_point, whole.zero_point)
 
 
 def test_shares():

@@ -8,6 +8,7 @@ weight it stands for, and `dequantize()` gives that weight in float32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -100,6 +101,14 @@ class Quantized(Canonical):
             values -= self.scheme.midpoint
         values *= expand_groups(self.scale.float(), self.shape, width)
         return values
+
+
+def stacked(parts: Sequence[Quantized]) -> Quantized:
+    """Rows of several weights below each other, of one scheme with scales for each row."""
+    scale = torch.cat([part.scale for part in parts])
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
+    codes = torch.cat([part.codes for part in parts])
+    return Quantized(codes, scale, torch.cat(zeros) if zeros else None, parts[0].scheme)
 
 
 @dataclass(frozen=True, eq=False)

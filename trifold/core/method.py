@@ -211,6 +211,10 @@ class LayerMethod(Method, ABC):
         """What a layer would lose at each share, where that is known without trying. weight: (out, in) float32."""
         return None
 
+    def by_rows(self, scheme: Scheme | None) -> bool:
+        """Whether it makes `Quantized` rows, each without a look at the others, so that processes can share them."""
+        return False
+
     @abstractmethod
     def solve(self, problem: LayerProblem) -> LayerSolution:
         """Pure: same problem, same solution."""

@@ -23,8 +23,9 @@ from trifold.kernels.weight_only.halves import Halves
 if TYPE_CHECKING:
     from trifold.kernels.packed_linear import PackedLinear
 
-_FEW_TOKENS = {"amx": 4}
-"""Up to which codes are multiplied in stages where their own op has another kernel for more."""
+_MOST_TOKENS = {"amx": 4, "portable": 15}
+"""Up to which codes are multiplied in stages, 31 elsewhere. For a few more than these their own op has a faster kernel,
+but not so much faster that two of its calls were."""
 
 
 class Staged(NamedTuple):
@@ -97,7 +98,7 @@ def _most_tokens(op: Op, spec: Spec, dtype: torch.dtype) -> int:
     group = scheme.group_width(columns)
     if scheme.table is not None or scheme.zero_point == "real" or (group % BLOCK and group < columns):
         return 0
-    return min(_FEW_TOKENS.get(op.variant, 2**62), op.most_tokens(dtype))
+    return _MOST_TOKENS.get(op.variant, 31)
 
 
 def _parts(name: str, spec: Spec, tensors: Tensors) -> dict[str, Part]:

@@ -124,10 +124,6 @@ class Compiled(Op):
         found = torch.ops.trifold.gather_packed(rows.contiguous(), *stored(tensors, spec), self.variant, wanted)
         return found.to(dtype)
 
-    def most_tokens(self, dtype: torch.dtype) -> int:
-        """Of `dtype`, up to which the kernel for few of them runs."""
-        return _DENSE_FROM[self.variant][dtype] - 1
-
     def bind(self, tensors: Tensors, spec: Spec) -> Call:
         codes, scale, zero, table, shape, bits = stored(tensors, spec)
         product = library(self.variant, bits).bind(tuple(shape), codes, scale, zero, table)
