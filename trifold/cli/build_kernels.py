@@ -32,9 +32,7 @@ def build_kernels(bits: tuple[int, ...], every: bool, json_to: str | None) -> No
         sparse.VARIANTS, numbers, every, lambda name, width: sparse.load(CompiledBitmap.source, name, width)
     )
     data = {"cache": str(cache_folder()), "variants": dense, "sparse": {"groups": groups, "bitmap": bitmaps}}
-    table = Table(
-        "kernel", "instruction set", "built", title=f"kernels in {cache_folder()}", title_justify="left"
-    )
+    table = Table("kernel", "instruction set", "built", title=f"kernels in {cache_folder()}", title_justify="left")
     for kind, results in (("dense", dense), ("sparse groups", groups), ("bitmap", bitmaps)):
         for name, found in results.items():
             built = ", ".join(f"{width} bits" for width in found["bits"])
