@@ -38,7 +38,8 @@ clean:
 
 # Every Triton kernel, width, configuration and GPU architecture, compiled without a GPU; `test` does a selection.
 check-kernels: install
-	PYTHONPATH=. $(BIN)/python tests/kernels/triton_checks/compiled.py --all
+	for part in compiled compiled_sparse compiled_lowrank; do \
+		PYTHONPATH=. $(BIN)/python tests/kernels/triton_checks/$$part.py --all || exit 1; done
 
 # The kernels' tests with the oldest Triton that is supported, in an environment of its own.
 check-triton36: OLD := .venv-triton36
@@ -47,7 +48,7 @@ check-triton36:
 	grep -vE '^(triton|numpy)==' constraints.txt > $(OLD)/constraints.txt
 	$(OLD)/bin/pip install --quiet --disable-pip-version-check -c $(OLD)/constraints.txt torch
 	$(OLD)/bin/pip install --quiet --disable-pip-version-check -c $(OLD)/constraints.txt -e '.[dev]' 'triton==3.6.0' 'numpy<2.4'
-	$(OLD)/bin/python -m pytest -q tests/kernels/test_planes.py tests/kernels/test_triton_rounded.py tests/kernels/test_triton.py
+	$(OLD)/bin/python -m pytest -q tests/kernels/test_planes.py tests/kernels/test_triton_rounded.py tests/kernels/test_sparse_triton.py tests/kernels/test_triton.py
 
 # Values and speed on this machine's GPU, in less than 8 minutes; results go to benchmarks/results/. GPU_PYTHON is one
 # whose torch has CUDA.

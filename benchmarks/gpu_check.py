@@ -1,6 +1,6 @@
 """Checks and times the kernels for GPUs on the GPU of this machine; `make gpu-check`. Takes less than 8 minutes.
 
-    python benchmarks/gpu_check.py [--seconds 420] [--only values|decode|speed|sparse]
+    python benchmarks/gpu_check.py [--seconds 420] [--only values|decode|speed|sparse|lowrank]
     TRITON_INTERPRET=1 python benchmarks/gpu_check.py --dry-run     on any CPU: tiny shapes, nothing is written
 
 1. Values (`gpu_values.py`): every width, grid and kind of group, odd shapes, both dtypes in turn, experts, rounded
@@ -9,7 +9,8 @@
 3. Speed (`gpu_speed.py`), in CUDA graphs, over more copies of a weight than the second-level cache holds: as a
    fraction of the copy bandwidth and of the matrix rate of bfloat16, both measured here, beside other products of the
    same shape.
-4. Sparse weights (`gpu_sparse.py`): values, and times beside cuBLAS.
+4. Sparse weights (`gpu_sparse.py`): values, and times beside cuBLAS and dense int4.
+5. Low rank (`gpu_lowrank.py`): values, and times in one piece, part by part, and of cuBLAS.
 
 Results go to `benchmarks/results/gpu.json` and `.md`. Nothing is written where there is no GPU. What fails says so in
 its place of the table; wrong values are the script's exit code.
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import gpu_lowrank
 import gpu_sparse
 import gpu_speed
 import gpu_values
@@ -33,7 +35,8 @@ from gpu_layers import Gpu, Rehearsal
 
 COLUMNS = ["product", "shape", "tokens", "microseconds", "of_copy_bandwidth", "of_bf16_rate", "failed"]
 
-SPARSE = ["sparse weights", "op", "tokens", "error", "microseconds", "over cublas"]
+SPARSE = ["sparse weights", "op", "tokens", "error", "microseconds", "over cublas", "over dense W4", "published"]
+LOW_RANK = ["weights", "tokens", "error", "microseconds", "part by part", "over cublas"]
 
 
 def _cells(rows: list[dict[str, Any]], columns: list[str]) -> list[list[Any]]:
@@ -51,7 +54,7 @@ def attempt(part: Callable[..., Any], *arguments: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=420, help="after which no new row is begun")
-    parser.add_argument("--only", choices=["values", "decode", "speed", "sparse"])
+    parser.add_argument("--only", choices=["values", "decode", "speed", "sparse", "lowrank"])
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     if options.dry_run and os.environ.get("TRITON_INTERPRET") != "1":
@@ -78,11 +81,17 @@ def main() -> None:
             data["speed"] = gpu_speed.experts(gpu, deadline, limits) + gpu_speed.speed(gpu, deadline, limits)
             text += f"Copy: {limits['bytes'] / 1e12:.2f} TB/s; bfloat16: {limits['operations'] / 1e12:.0f} TFLOP/s.\n\n"
             text += markdown(COLUMNS, _cells(data["speed"], COLUMNS))
-        if options.only in (None, "sparse"):
-            data["sparse"] = attempt(gpu_sparse.rows, gpu)
-            failed += ["sparse"] if "failed" in data["sparse"] else []
-            text += "\n" + (str(data["sparse"]) if failed else markdown(SPARSE, _cells(data["sparse"], SPARSE)))
-            wrong = wrong or (not failed and any(not row["error"] <= 1 for row in data["sparse"]))
+        for part, module, columns in (("sparse", gpu_sparse, SPARSE), ("lowrank", gpu_lowrank, LOW_RANK)):
+            if options.only not in (None, part):
+                continue
+            found = data[part] = attempt(module.rows, gpu)
+            if isinstance(found, dict):
+                failed.append(part)
+                text += f"\n{found}\n"
+            else:
+                text += "\n" + markdown(columns, _cells(found, columns))
+                wrong = wrong or any(not row["error"] <= 1 for row in found)
+            gpu.free()
     print(text)
     if not gpu.dry:
         save("gpu", data, text)

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from trifold.core.canonical import Quantized
+from trifold.core.canonical import Canonical, Quantized
 from trifold.core.scheme import SCALE_DTYPES, Scheme
 from trifold.formats import describe, pack
 from trifold.kernels import PackedExperts, PackedLinear, dispatch
@@ -86,11 +86,12 @@ class Rehearsal(Gpu):
         """Layers are given the ops that a GPU would have."""
         there = "trifold.kernels."
         modules = ["weight_only.planes.op", "rounded_input.triton_int8", "rounded_input.triton_fp8"]
-        modules += ["sparse.gpu.groups", "sparse.gpu.bitmap"]
+        modules += ["sparse.gpu.groups", "sparse.gpu.bitmap", "low_rank.fused"]
         resolve = dispatch.resolve
         with ExitStack() as stack:
             for module in modules:
                 stack.enter_context(mock.patch(f"{there}{module}.no_gpu", lambda *_: None))
+            stack.enter_context(mock.patch(f"{there}low_rank.fused.on_gpu", lambda device: True))
             cuda = lambda spec, dtype, device, *rest: resolve(spec, dtype, torch.device("cuda"), *rest)  # noqa: E731
             stack.enter_context(mock.patch(f"{there}packed_linear.resolve", cuda))
             yield
@@ -116,6 +117,14 @@ def random_layer(
     given = {"input_scale": torch.full((1,), 0.02, device=device)} if rounding and rounding.get("static") else {}
     layer.load_state_dict(pack(weight) | given | values)
     return layer, weight
+
+
+def layer_of(weight: Canonical, device: str) -> PackedLinear:
+    """A layer that holds a canonical tensor."""
+    with torch.device(device):
+        layer = PackedLinear(describe(weight), False, torch.float32)
+    layer.load_state_dict(pack(weight))
+    return layer
 
 
 class _Stacked(torch.nn.Module):

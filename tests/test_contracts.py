@@ -16,7 +16,7 @@ import trifold.lowrank
 import trifold.quantizers
 import trifold.sparsity
 from trifold.core.errors import RecipeError
-from trifold.core.method import METHODS, BlockMethod, LayerMethod, LayerProblem, ModelMethod, Tuner
+from trifold.core.method import METHODS, BlockMethod, LayerMethod, LayerProblem, Tuner
 from trifold.core.scheme import Scheme
 from trifold.formats import FORMATS, bits_per_weight, digest, format_for, stored_bytes
 
@@ -39,7 +39,7 @@ def problem(rows=9, columns=43, bits=3, group=16, zero_column=False, symmetric=F
 @pytest.mark.parametrize("name", list(METHODS))
 def test_a_method_is_a_frozen_dataclass_of_one_kind_with_a_docstring(name):
     method = METHODS.get(name)
-    kinds = [kind for kind in (LayerMethod, BlockMethod, ModelMethod, Tuner) if issubclass(method, kind)]
+    kinds = [kind for kind in (LayerMethod, BlockMethod, Tuner) if issubclass(method, kind)]
     assert len(kinds) == 1
     assert dataclasses.is_dataclass(method) and method.__dataclass_params__.frozen
     assert method() == method() and hash(method()) == hash(method())

@@ -1,4 +1,4 @@
-"""Code of the sparse kernels for GPUs that are not there. Values: `test_triton.py` runs all interpreted ones."""
+"""Code of the sparse and low-rank kernels for GPUs that are not there. Values: `test_triton.py` runs all of them."""
 
 import pytest
 
@@ -6,6 +6,7 @@ pytest.importorskip("triton")
 from test_triton import CHECKS, process
 
 
-def test_compiled_code_keeps_the_budget(tmp_path):
+@pytest.mark.parametrize("script", ["compiled_sparse.py", "compiled_lowrank.py"])
+def test_compiled_code_keeps_the_budget(tmp_path, script):
     variables = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    assert " within the budget" in process(CHECKS / "compiled_sparse.py", **variables)
+    assert " within the budget" in process(CHECKS / script, **variables)

@@ -12,7 +12,9 @@ from trifold.cli.output import emit, json_option
 
 
 @click.command("build-kernels")
-@click.option("--bits", type=click.IntRange(1, 8), multiple=True, help="Width of codes.  [default: all of 1 to 8]")
+@click.option(
+    "--bits", type=click.IntRange(1, 8), multiple=True, help="Width of codes.  [default: 1 to 8, and bfloat16]"
+)
 @click.option("--all", "every", is_flag=True, help="For every instruction set of this processor, not the best alone.")
 @json_option
 def build_kernels(bits: tuple[int, ...], every: bool, json_to: str | None) -> None:
@@ -20,12 +22,16 @@ def build_kernels(bits: tuple[int, ...], every: bool, json_to: str | None) -> No
     from trifold.core.errors import ResourceError
     from trifold.core.native import cache_folder
     from trifold.kernels import native
+    from trifold.kernels.native import stages
     from trifold.kernels.sparse import library as sparse
     from trifold.kernels.sparse.bitmap import CompiledBitmap
     from trifold.kernels.sparse.groups import CompiledGroups
 
     widths = bits or tuple(native.WIDTHS)
     dense = _build(native.VARIANTS, widths, every, native.load)
+    for name, entry in dense.items():
+        if not bits and stages.lacking(name) is None:
+            entry["bits"].append(16)
     groups = _build(sparse.VARIANTS, widths, every, lambda name, width: sparse.load(CompiledGroups.source, name, width))
     numbers = (4, 16) if 4 in widths else (16,)  # integers; bfloat16
     bitmaps = _build(

@@ -1,10 +1,9 @@
-"""The four kinds of method, and what they are handed.
+"""The three kinds of method, and what they are handed.
 
 A method is one paper's idea: a frozen dataclass of its settings, pure, found by name in `METHODS`.
 
 - A *layer* method solves the linears that share one input: RTN, GPTQ, SparseGPT, SVD.
 - A *block* method rewrites a whole decoder block before it is solved, keeping its function: AWQ, SmoothQuant.
-- A *model* method transforms tensors as they are read: a global rotation.
 - A *tuner* optimises what was decided by gradient: block-wise or end-to-end recovery.
 """
 
@@ -163,7 +162,7 @@ class Rewrite:
 
 
 class Method:
-    """Base of the four kinds. needs: the statistics that calibration must gather; () means data-free."""
+    """Base of the three kinds. needs: the statistics that calibration must gather; () means data-free."""
 
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
     instead: ClassVar[Mapping[str, str]] = {}
@@ -212,6 +211,10 @@ class LayerMethod(Method, ABC):
         """What a layer would lose at each share, where that is known without trying. weight: (out, in) float32."""
         return None
 
+    def by_rows(self, scheme: Scheme | None) -> bool:
+        """Whether it makes `Quantized` rows, each without a look at the others, so that processes can share them."""
+        return False
+
     @abstractmethod
     def solve(self, problem: LayerProblem) -> LayerSolution:
         """Pure: same problem, same solution."""
@@ -247,6 +250,11 @@ class BlockMethod(Method, ABC):
         """Share of the weights that is left of the linears it is given."""
         return 1.0
 
+    def workspace(self, shape: tuple[int, int]) -> int:
+        """About how many bytes a cut needs, beside what a block's context holds, for the linear (out, in) with the most
+        inputs; asked of a method that cuts."""
+        return 0
+
     def survey(self, context: BlockContext, influence: float) -> Any:
         """What the division of a budget wants to know of a dense block, as JSON; asked of a method that cuts.
 
@@ -263,28 +271,22 @@ class BlockMethod(Method, ABC):
         """Pure: same context and carry, same rewrite."""
 
 
-class ModelMethod(Method, ABC):
-    """Transforms tensors as they are read from the checkpoint."""
-
-    @abstractmethod
-    def transform(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor to use instead."""
-
-
 @dataclass(frozen=True)
 class TuningProblem:
     """What was decided, and a loss that may be differentiated.
 
     canonical: linear name -> what was decided. loss(batch, weights): the scalar loss of one batch with these
     weights, name -> a function that gives (out, in) float32; it may be called again in the backward pass. learn,
-    judge: numbers of the batches to learn from and to choose by. seed: of the order of batches. note: shown as
-    progress. keep, kept: state for a run that is broken off; None where it is not worth keeping.
+    judge: numbers of the batches to learn from and to choose by. judged(batch, weights): what has to fall on the
+    latter, every number of it, the loss first; by default the loss alone. seed: of the order of batches. note: shown
+    as progress. keep, kept: state for a run that is broken off; None where it is not worth keeping.
     """
 
     canonical: Mapping[str, Canonical]
     loss: Callable[[int, Mapping[str, Callable[[], torch.Tensor]]], torch.Tensor]
     learn: Sequence[int]
     judge: Sequence[int]
+    judged: Callable[[int, Mapping[str, Callable[[], torch.Tensor]]], Sequence[float]] | None = None
     seed: int = 0
     note: Callable[[str], None] = lambda message: None
     keep: Callable[[Mapping[str, torch.Tensor]], None] = lambda state: None
@@ -309,6 +311,11 @@ class Tuner(Method, ABC):
     def follows_dense(self) -> bool:
         """Whether it compares with the dense model, whose hidden states are then kept, too."""
         return True
+
+    @property
+    def more_text(self) -> int:
+        """So many times the windows of calibration it wants in addition, which nothing before it has seen."""
+        return 0
 
     def check(self, scheme: Scheme | None) -> None:
         """Raises RecipeError, which need not name the layer, if a layer of this scheme has nothing to tune."""

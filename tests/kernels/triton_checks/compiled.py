@@ -7,6 +7,8 @@ to the newest's.
     python compiled.py --all      every kernel, width, grid, configuration and architecture
     python compiled.py --record   writes the budget, of the selection or with --all
 
+`compiled_sparse.py` and `compiled_lowrank.py` do the same with other kernels, and the same budget.
+
 Of each: no register is spilled, shared memory fits, and the main loop has no more instructions per weight than the
 budget says, but for a few per cent.
 """
@@ -105,7 +107,8 @@ def cases():
                 numbers(bits, grid) | {"BN": 64}, {}, 0, {80: False, 89: False, 90: usual},
             )  # fmt: skip
     for block in (1024, 4096, 16384):
-        constants, options = {"STEP": 4, "CHUNK": 128, "BLOCK": block}, {"num_warps": block // 1024}
+        constants = {"STEP": 4, "SLOT": SLOT, "PAIRED": False, "CHUNK": 128, "BLOCK": block}
+        options = {"num_warps": block // 1024}
         yield Case(
             f"prepare {block}", activations.prepare, constants, options, 0, dict.fromkeys((80, 89, 90), block > 1024)
         )
@@ -204,7 +207,7 @@ def budgets():
     return file, own, (json.loads(found[max(found)].read_text()) if found else {}) | own
 
 
-def main():
+def main(cases):
     parser = argparse.ArgumentParser()
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--record", action="store_true")
@@ -213,7 +216,7 @@ def main():
     options = parser.parse_args()
     file, own, budget = budgets()
     wrong, table = [], {}
-    for case in cases():
+    for case in cases:
         for architecture in SHARED_MEMORY:
             name = f"{case.name} sm_{architecture}"
             wanted = options.all or case.selected.get(architecture)
@@ -231,4 +234,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(cases()))

@@ -30,52 +30,62 @@ def check(op, weight, x, bias=True):
     return y
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """Ranges of a few groups, so that rows lie in several and ranges in one row."""
-    monkeypatch.setattr(groups, "_LEAST", 5)
-    monkeypatch.setattr(groups, "_PROGRAMS", 4)
-    monkeypatch.setattr(groups, "BLOCK", 8)
-
-
 @pytest.mark.parametrize("bits", groups.WIDTHS)
-def test_groups(bits, short):
+def test_groups(bits):
     for number, group in enumerate((16, 32, 64, 128)):
-        scheme = Scheme(bits, group, number % 2 == 0, ("bfloat16", "float16", "float32")[number % 3])
-        weight = sparse_weight((7, 333), f"1x{group}", scheme)
-        check(TritonGroups(), weight, activations(1 + 2 * (number % 2), 333, HALF[number % 2]))
+        scheme = Scheme(bits, group, number % 2 == 0, ("bfloat16", "float16", "float32")[(number + bits) % 3])
+        weight = sparse_weight((37 if number == 1 else 7, 333), f"1x{group}", scheme)
+        for tokens in (1, 3) if bits == 4 else (2,):
+            check(TritonGroups(), weight, activations(tokens, 333, HALF[number % 2]))
 
 
-def test_groups_of_rows_that_begin_and_end_anywhere(short):
-    weight = sparse_weight((13, 160), "1x16", Scheme(4, 16))
-    for rows in ([0, 1, 5, 11, 12], range(1, 13), range(12), [], range(13)):
+@pytest.mark.parametrize("group", (16, 32))
+def test_groups_of_as_many_tokens_as_a_block_has(group):
+    weight = sparse_weight((35, 300), f"1x{group}", Scheme(4, group))
+    for tokens in (2, 4, 8, 9):
+        check(TritonGroups(), weight, activations(tokens, 300, torch.float16))
+
+
+def test_groups_of_rows_with_nothing_or_everything():
+    weight = sparse_weight((67, 160), "1x16", Scheme(4, 16))
+    for rows in ([0, 1, 31, 66], range(32, 64), range(66), [], range(67)):
         mask = weight.mask.clone()
         mask[6] = True
         mask[list(rows)] = False  # nothing survives there
         found = Sparse(weight.values, mask, "1x16").normalized()
-        check(TritonGroups(), found, activations(1, 160, torch.float32))
+        check(TritonGroups(), found, activations(1, 160, torch.float16), bias=False)
 
 
-def test_groups_are_summed_in_one_order_and_not_in_the_length_of_ranges(short, monkeypatch):
-    weight = sparse_weight((3, 320), "1x16", Scheme(4, 16))
-    x = activations(2, 320, torch.float16)
-    first, again = check(TritonGroups(), weight, x), run(TritonGroups(), weight, x, True)
-    assert torch.equal(first, again)
-    monkeypatch.setattr(groups, "_LEAST", 10**6)
-    assert torch.allclose(run(TritonGroups(), weight, x, True), first, rtol=1e-2, atol=1e-2)
+def test_groups_are_summed_in_one_order(monkeypatch):
+    weight = sparse_weight((3, 1000), "1x16", Scheme(4, 16))
+    x = activations(2, 1000, torch.float16)
+    alone = check(TritonGroups(), weight, x)
+    for parts in (3, 9):  # the last program has two tiles of eight; or none
+        monkeypatch.setattr(groups, "share", lambda *_, parts=parts: parts)
+        first, again = check(TritonGroups(), weight, x), run(TritonGroups(), weight, x, True)
+        assert torch.equal(first, again)
+        assert torch.allclose(alone, first, rtol=1e-2, atol=1e-2)
 
 
 def test_groups_of_many_tokens_and_what_is_not_finite():
     weight = sparse_weight((5, 64), "1x32", Scheme(4, 32))
     y = run(TritonGroups(), weight, activations(groups.MOST_TOKENS + 1, 64, torch.float32))
     assert y.shape == (groups.MOST_TOKENS + 1, 5)
-    weight.mask[:, :32], weight.mask[:, 32:] = True, False
-    weight = Sparse(weight.values, weight.mask, "1x32").normalized()
-    x = activations(3, 64, torch.float16)
-    clean = run(TritonGroups(), weight, x)
-    x[1, 3], x[2, 40] = torch.nan, torch.inf
-    y = run(TritonGroups(), weight, x)
-    assert y[1].isnan().all() and torch.equal(y[[0, 2]], clean[[0, 2]])
+    for bad in (torch.nan, torch.inf):
+        x = activations(3, 64, torch.float16)
+        clean = run(TritonGroups(), weight, x)
+        x[1, 3] = bad
+        y = run(TritonGroups(), weight, x)
+        assert not y[1].isfinite().any() and torch.equal(y[[0, 2]], clean[[0, 2]])
+
+
+def test_groups_of_activations_of_any_magnitude():
+    weight = sparse_weight((33, 320), "1x16", Scheme(4, 16))
+    for magnitude in (2.0**-100, 1e-6, 3e4, 2.0**100):
+        x = activations(4, 320, torch.float32)
+        x[1] *= torch.linspace(0, 1, 320) ** 4  # small ones beside large ones
+        x[2] = 0
+        check(TritonGroups(), weight, (x * magnitude).bfloat16(), bias=False)
 
 
 @pytest.mark.parametrize("pattern, columns", [("unstructured", 173), ("unstructured", 1056), ("2:4", 172)])
@@ -89,8 +99,8 @@ def test_bitmaps(pattern, columns):
 
 def test_bitmaps_of_several_blocks_shared_by_programs(monkeypatch):
     monkeypatch.setattr(bitmap, "ROWS", 16)
-    weight = sparse_weight((37, 1500), "unstructured", "bfloat16", 0.7)
-    x = activations(3, 1500, torch.bfloat16)
+    weight = sparse_weight((20, 1100), "unstructured", "bfloat16", 0.7)
+    x = activations(3, 1100, torch.bfloat16)
     monkeypatch.setattr(bitmap, "share_of", lambda *_: 2)  # the last program has one chunk of three
     first, again = check(TritonBitmap(), weight, x), run(TritonBitmap(), weight, x, True)
     assert torch.equal(first, again)
@@ -107,8 +117,9 @@ def test_the_operators_are_as_torch_wants_them():
         module = layer(weight)
         t, x = op.prepare(module.portable(), module.spec), activations(2, 64, torch.float16)
         if isinstance(op, TritonGroups):
-            names = ("words", "start", "first", "number", "scale", "zero")
-            torch.library.opcheck(groups.group_linear, (x, *(t[n] for n in names), None, 4, 32, 0.0), test_utils=tests)
+            torch.library.opcheck(
+                groups.group_linear, (x, t["words"], t["meta"], t["map"], None, 3, 4, 32), test_utils=tests
+            )
         else:
             torch.library.opcheck(
                 bitmap.bitmap_linear, (x, t["mask"], t["offset"], t["values"], None), test_utils=tests

@@ -77,6 +77,7 @@ class Library:
         if not native.ready():
             raise NotCompiledError("the system does not allow its registers")
         self._linear, self._dequantize = native.linear, native.dequantize
+        self.runner = ctypes.cast(native.run_tiles, ctypes.c_void_p).value or 0  # what `stages.c` calls
         self._pack, self._restore, self._gather = native.pack, native.restore, native.gather
         pointer, count = ctypes.c_void_p, ctypes.c_int64
         self._linear.argtypes = [pointer] * 8 + [count] * 4

@@ -275,3 +275,17 @@ int rounded_linear(const int64_t *shape, void *codes, const void *scale, const v
     return 2;
 #endif
 }
+
+/* Tiles begin .. end - 1, one stage of stages.c. x: (tokens, stride) float32, or bfloat16 if not `wide`, columns filled
+   with zeros to a multiple of BLOCK; groups are multiples of it. Not for real zero-points; tables only if `wide`. */
+void run_tiles(const product *p, int64_t begin, int64_t end, int wide)
+{
+#if defined(__AVX512BF16__)
+    if (!wide) {
+        dot_tiles(p, begin, end);
+        return;
+    }
+#endif
+    (void)wide;
+    for (int64_t tile = begin; tile < end; tile++) float_product(p, tile);
+}

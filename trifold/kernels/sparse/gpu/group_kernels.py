@@ -1,122 +1,160 @@
-"""Products with groups of integers: equal ranges of surviving groups, whichever rows they belong to."""
+"""Products with groups of integers: survivors alone are loaded, tensor cores multiply whole tiles.
+
+32 rows share a bitmap of each column of groups, so that where a survivor lies is a matter of counting bits; the words
+of a dropped group are those of the next one, times a scale of 0.
+
+A scale is applied to sums of a group, which would cost a tensor core's 8 columns for one token. Few tokens therefore
+have PHASES columns each: a group's inputs are in one of them, and zero in the others, so that sums of PHASES groups are
+kept apart in one accumulator and are scaled together.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from trifold.kernels.shares_kernel import add_up
+from trifold.kernels.weight_only.planes.unpacking import INTERPRETED, numbers, slots, unit
 
-@triton.jit
-def _numbers(words, BITS: tl.constexpr):
-    """int32 words (B, W) -> their codes (B, W, 32 / BITS), float32, each plus 2**23, whose fraction it is."""
-    shift = tl.arange(0, 32 // BITS) * BITS
-    code = (words[:, :, None] >> shift[None, None, :]) & ((1 << BITS) - 1)
-    return (code | 0x4B000000).to(tl.float32, bitcast=True)
+ROWS = tl.constexpr(32)
 
 
 @triton.jit
-def _meet(x_ptr, weight, column, k, K, WHOLE: tl.constexpr):
-    """Sums over columns of weights (B, W, C) times one token, (B,). k: columns in a group (W, C)."""
-    at = column[:, None, None] + k[None, :, :]
-    x = tl.load(x_ptr + at) if WHOLE else tl.load(x_ptr + at, mask=at < K, other=0.0)
-    return tl.sum(tl.sum(weight * x.to(tl.float32), axis=2), axis=1)
+def _count(bits):
+    """int32 -> how many of its bits are set."""
+    if INTERPRETED:
+        v = bits.to(tl.uint32, bitcast=True)
+        v -= (v >> 1) & 0x55555555
+        v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+        count = ((((v + (v >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+    else:
+        count = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], tl.int32, True, 1)
+    return count
 
 
-@triton.jit(do_not_specialize=["M", "COUNT", "RANGE"])
+@triton.jit
+def _only(x, keep):
+    """fp16 where int16 has all bits set, 0 where it has none."""
+    if INTERPRETED:
+        x = tl.where(keep != 0, x, 0.0)
+    else:
+        x = tl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [x, keep], tl.float16, True, 2)
+    return x
+
+
+@triton.jit
+def _find(map_ptr, row, c, BLOCKS):
+    """(where a survivor lies, or the next one if it is none; not 0 if it is one) for rows and columns of groups."""
+    entry = tl.load(map_ptr + (c * BLOCKS + row // ROWS))
+    bits = (entry >> 32).to(tl.int32)
+    bit = 1 << row % ROWS
+    return entry.to(tl.int32) + _count(bits & (bit - 1)), bits & bit
+
+
+@triton.jit
+def _joined(w, LAYOUT: tl.constexpr, BN: tl.constexpr, UNITS: tl.constexpr):
+    """Words int16 (BN, UNITS, words of 32 codes) -> fp16 (BN, UNITS * 32), slot after slot."""
+    w0 = numbers(w, w, w, LAYOUT, 0, "int")
+    w1 = numbers(w, w, w, LAYOUT, 1, "int")
+    if slots(LAYOUT) == 2:
+        both = tl.permute(tl.join(w0, w1), (0, 1, 3, 2))
+    else:
+        w2 = numbers(w, w, w, LAYOUT, 2, "int")
+        w3 = numbers(w, w, w, LAYOUT, 3, "int")
+        if slots(LAYOUT) == 4:  # the last dimension is the lowest bit of a slot's number
+            both = tl.permute(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (0, 1, 3, 4, 2))
+        else:
+            w4 = numbers(w, w, w, LAYOUT, 4, "int")
+            w5 = numbers(w, w, w, LAYOUT, 5, "int")
+            w6 = numbers(w, w, w, LAYOUT, 6, "int")
+            w7 = numbers(w, w, w, LAYOUT, 7, "int")
+            even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
+            odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
+            both = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 5, 2))
+    return tl.reshape(both, (BN, UNITS * 32))
+
+
+@triton.jit
+def _part(t, f: tl.constexpr, F: tl.constexpr):
+    """(rows, F, n) -> part f of 1, 2 or 4, (rows, n)."""
+    SIZE: tl.constexpr = t.shape[0]
+    REST: tl.constexpr = t.shape[2]
+    if F == 1:
+        part = tl.reshape(t, (SIZE, REST))
+    elif F == 2:
+        even, odd = tl.split(tl.permute(t, (0, 2, 1)))
+        part = even if f == 0 else odd
+    else:
+        low, high = tl.split(tl.permute(tl.reshape(t, (SIZE, 2, 2, REST)), (0, 2, 3, 1)))
+        half = low if f < 2 else high
+        even, odd = tl.split(tl.permute(half, (0, 2, 1)))
+        part = even if f % 2 == 0 else odd
+    return part
+
+
+@triton.jit(do_not_specialize=["M", "TILES"])
 def multiply(
-    x_ptr, words_ptr, number_ptr, scale_ptr, zero_ptr, start_ptr, first_ptr, bias_ptr, y_ptr, head_ptr, tail_ptr,
-    M, N, K, COUNT, RANGE,
-    BITS: tl.constexpr, GROUP: tl.constexpr, MIDPOINT: tl.constexpr, ASYMMETRIC: tl.constexpr, BIAS: tl.constexpr,
-    WHOLE: tl.constexpr, B: tl.constexpr, TOKENS: tl.constexpr,
+    a_ptr, sum_ptr, inverse_ptr, words_ptr, meta_ptr, map_ptr, bias_ptr, y_ptr, partial_ptr, count_ptr, M, N, TILES,
+    LAYOUT: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, PHASES: tl.constexpr, WIDE: tl.constexpr,
+    BIAS: tl.constexpr, SHARED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """y (M, N) but for rows that lie in several ranges, whose parts go to head and tail (ranges, M) for `join`.
+    """y (M, N) = a, sum and inverse, as `planes.activations.prepare` made them, times a weight as `groups.pack` did.
 
-    words: int32 (COUNT groups, GROUP * BITS / 32), the codes of a group in their order. first: the row in which each
-    range of RANGE groups begins, and at last N. A program has one range and TOKENS tokens, 1 or 4; it goes through its
-    rows B groups at a time.
+    T: groups of a tile, PHASES or two or four times as many. WIDE: whether scales are float32. With SHARED the
+    programs along the second axis share the tiles of one piece of y.
     """
-    C: tl.constexpr = 32 // BITS
-    W: tl.constexpr = GROUP // C
+    COLS: tl.constexpr = BM * PHASES
+    WORDS: tl.constexpr = 32 // slots(LAYOUT)  # of 32 codes
+    INNER: tl.constexpr = PHASES * GROUP
+    F: tl.constexpr = T // PHASES
+    BLOCKS = tl.cdiv(N, BN) * (BN // ROWS)
     pid = tl.program_id(0)
-    m = tl.program_id(1) * TOKENS
-    begin = pid * RANGE
-    end = tl.minimum(begin + RANGE, COUNT)
-    last = tl.load(first_ptr + pid + 1)
-    b = tl.arange(0, B)
-    w = tl.arange(0, W)
-    k = w[:, None] * C + tl.arange(0, C)[None, :]
-    x0 = x_ptr + m.to(tl.int64) * K
-    x1 = x_ptr + tl.minimum(m + 1, M - 1).to(tl.int64) * K
-    x2 = x_ptr + tl.minimum(m + 2, M - 1).to(tl.int64) * K
-    x3 = x_ptr + tl.minimum(m + 3, M - 1).to(tl.int64) * K
-    for row in range(tl.load(first_ptr + pid), tl.minimum(last + 1, N)):
-        from_ = tl.load(start_ptr + row)
-        to = tl.load(start_ptr + row + 1)
-        start = tl.maximum(from_, begin)
-        stop = tl.minimum(to, end)
-        t0 = tl.zeros((B,), dtype=tl.float32)
-        t1 = t0
-        t2 = t0
-        t3 = t0
-        for i in range(start, stop, B):
-            g = i + b
-            inside = g < stop
-            column = tl.load(number_ptr + g, mask=inside, other=0).to(tl.int32) * GROUP
-            scale = tl.load(scale_ptr + g, mask=inside, other=0.0).to(tl.float32)
-            at = g.to(tl.int64)[:, None] * W + w[None, :]
-            words = tl.load(words_ptr + at, mask=inside[:, None], other=0, eviction_policy="evict_first")
-            zero = tl.full((B,), MIDPOINT, dtype=tl.float32)
-            if ASYMMETRIC:
-                zero = tl.load(zero_ptr + g, mask=inside, other=0).to(tl.float32)
-            weight = _numbers(words, BITS) - (zero + 8388608.0)[:, None, None]
-            t0 += tl.where(inside, _meet(x0, weight, column, k, K, WHOLE) * scale, 0.0)
-            if TOKENS == 4:
-                t1 += tl.where(inside, _meet(x1, weight, column, k, K, WHOLE) * scale, 0.0)
-                t2 += tl.where(inside, _meet(x2, weight, column, k, K, WHOLE) * scale, 0.0)
-                t3 += tl.where(inside, _meet(x3, weight, column, k, K, WHOLE) * scale, 0.0)
-        _leave(t0, from_, to, begin, end, row < last, bias_ptr, y_ptr, head_ptr, tail_ptr, row, pid, m, M, N, BIAS)
-        if TOKENS == 4:
-            _leave(
-                t1, from_, to, begin, end, row < last, bias_ptr, y_ptr, head_ptr, tail_ptr, row, pid, m + 1, M, N, BIAS
-            )
-            _leave(
-                t2, from_, to, begin, end, row < last, bias_ptr, y_ptr, head_ptr, tail_ptr, row, pid, m + 2, M, N, BIAS
-            )
-            _leave(
-                t3, from_, to, begin, end, row < last, bias_ptr, y_ptr, head_ptr, tail_ptr, row, pid, m + 3, M, N, BIAS
-            )
-
-
-@triton.jit
-def _leave(
-    total, from_, to, begin, end, ends_here, bias_ptr, y_ptr, head_ptr, tail_ptr, row, pid, m, M, N, BIAS: tl.constexpr
-):  # fmt: skip
-    """The sum of a row, or of its part in this range, where it belongs."""
-    y = tl.sum(total, axis=0)
-    there = m < M
-    place = pid.to(tl.int64) * M + m
-    tl.store(head_ptr + place, y, mask=there & (from_ < begin) & (to > begin))
-    tl.store(tail_ptr + place, y, mask=there & (from_ >= begin) & (from_ < end) & (to > end))
-    if BIAS:
-        y += tl.load(bias_ptr + row).to(tl.float32)
-    whole = (from_ >= begin) & (to <= end) & (ends_here | (from_ < end))
-    tl.store(y_ptr + m.to(tl.int64) * N + row, y.to(y_ptr.dtype.element_ty), mask=there & whole)
-
-
-@triton.jit(do_not_specialize=["M", "COUNT", "RANGE"])
-def join(start_ptr, first_ptr, bias_ptr, y_ptr, head_ptr, tail_ptr, M, N, COUNT, RANGE, BIAS: tl.constexpr):
-    """The row that begins in a range and goes on after it, if there is one: its parts, always in their order."""
-    pid = tl.program_id(0)
-    m = tl.program_id(1).to(tl.int64)
-    row = tl.load(first_ptr + pid + 1)
-    end = (pid + 1) * RANGE
-    if (row < N) & (end < COUNT):
-        from_ = tl.load(start_ptr + row)
-        to = tl.load(start_ptr + row + 1)
-        if (from_ >= pid * RANGE) & (from_ < end) & (to > end):
-            y = tl.load(tail_ptr + pid.to(tl.int64) * M + m)
-            for other in range(pid + 1, tl.cdiv(to, RANGE)):
-                y += tl.load(head_ptr + tl.cast(other, tl.int64) * M + m)
-            if BIAS:
-                y += tl.load(bias_ptr + row).to(tl.float32)
-            tl.store(y_ptr + m * N + row, y.to(y_ptr.dtype.element_ty))
+    m_blocks = tl.cdiv(M, BM)
+    n = pid // m_blocks * BN + tl.arange(0, BN)
+    m0 = pid % m_blocks * BM
+    share = tl.cdiv(TILES, tl.num_programs(1))
+    start = tl.program_id(1) * share
+    stop = tl.minimum(start + share, TILES)
+    k = tl.arange(0, T * GROUP)
+    group = k // 32 * 2 + k % WORDS // (WORDS // 2) if GROUP == 16 else k // GROUP
+    phase = tl.arange(0, COLS) % PHASES
+    own = (group % PHASES)[:, None] == phase[None, :]
+    keep = tl.where(own, -1, 0).to(tl.int16)
+    m = tl.minimum(m0 + tl.arange(0, COLS) // PHASES, M - 1)
+    a = a_ptr + m[None, :].to(tl.int64) * (TILES * (T * GROUP)) + k[:, None]
+    i = tl.arange(0, GROUP * WORDS // 32)
+    total = tl.zeros((BN, COLS), dtype=tl.float32)
+    for tile in range(start, stop):
+        index, there = _find(map_ptr, n[:, None], (tile * T + tl.arange(0, T))[None, :], BLOCKS)
+        at = index[:, :, None] * (GROUP * WORDS // 32) + i[None, None, :]
+        words = tl.load(words_ptr + at, eviction_policy="evict_first")
+        meta = tl.load(meta_ptr + index, mask=there != 0, other=0)
+        if GROUP == 16:  # less than a vector of loads is in one phase
+            x = _only(tl.load(a + tile * (T * GROUP)), keep)
+        else:
+            x = tl.load(a + tile * (T * GROUP), mask=own, other=0.0)
+        words = tl.reshape(words, (BN, F, INNER * WORDS // 32))
+        meta = tl.reshape(meta, (BN, F, PHASES))
+        x = tl.permute(tl.reshape(x, (F, INNER, COLS)), (1, 0, 2))
+        for f in tl.static_range(F):
+            w = _joined(tl.reshape(_part(words, f, F), (BN, INNER // 32, WORDS)), LAYOUT, BN, INNER // 32)
+            both = tl.broadcast_to(_part(meta, f, F)[:, None, :], (BN, BM, PHASES))
+            both = tl.reshape(both, (BN, COLS))
+            if WIDE:
+                scale = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+                both = both.to(tl.int32)
+            else:
+                scale = (both & -65536).to(tl.float32, bitcast=True)
+            zero = (both << 16).to(tl.float32, bitcast=True)
+            sums = tl.load(sum_ptr + (tile * T + f * PHASES + phase) * M + m) * (-1 / unit("int"))
+            total += tl.dot(w, _part(x, f, F), zero * sums[None, :]) * scale
+    y = tl.sum(tl.reshape(total, (BN, BM, PHASES)), axis=2)
+    m = m0 + tl.arange(0, BM)
+    inside = (n < N)[:, None] & (m < M)[None, :]
+    place = m[None, :] * N + n[:, None]
+    y, whole = add_up(y, partial_ptr, count_ptr, pid, tl.cast(M, tl.int64) * N, place, inside, SHARED)
+    if whole:
+        y *= unit("int") * tl.load(inverse_ptr + tl.minimum(m, M - 1))[None, :]
+        if BIAS:
+            y += tl.load(bias_ptr + tl.minimum(n, N - 1)).to(tl.float32)[:, None]
+        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -45,8 +45,8 @@ def _constants(bits: int, group: int, grid: str, midpoint: float, zero: torch.Te
     }
 
 
-def _prepared(
-    x: torch.Tensor, count: torch.Tensor, layout: Layout, flush: int, grid: str
+def prepared(
+    x: torch.Tensor, count: torch.Tensor, padded: int, chunk: int, step: int, slot: int = SLOT, paired: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (M, in) as `activations.prepare` describes: its numbers, sums and factors. `count` becomes zero."""
     import triton
@@ -54,15 +54,21 @@ def _prepared(
     from trifold.kernels.weight_only.planes.activations import prepare
 
     rows, in_features = x.shape
-    padded = layout.tiles(in_features) * layout.tile
     a = x.new_empty(rows, padded, dtype=torch.float16)
-    sums, inverse = (x.new_empty(shape, dtype=torch.float32) for shape in ((padded // flush, rows), (rows,)))
+    sums, inverse = (x.new_empty(shape, dtype=torch.float32) for shape in ((padded // chunk, rows), (rows,)))
     block = min(triton.next_power_of_2(padded), _BLOCK)
     prepare[(rows,)](
-        x.contiguous(), a, sums, inverse, count, count.numel(), rows, in_features, padded, padded // flush,
-        STEP=layout.shifts[1] if grid == "int" else 0, CHUNK=flush, BLOCK=block, num_warps=max(1, block // 1024),
+        x.contiguous(), a, sums, inverse, count, count.numel(), rows, in_features, padded, padded // chunk,
+        STEP=step, SLOT=slot, PAIRED=paired, CHUNK=chunk, BLOCK=block, num_warps=max(1, block // 1024),
     )  # fmt: skip
     return a, sums, inverse
+
+
+def _prepared(
+    x: torch.Tensor, count: torch.Tensor, layout: Layout, flush: int, grid: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    padded = layout.tiles(x.shape[1]) * layout.tile
+    return prepared(x, count, padded, flush, layout.shifts[1] if grid == "int" else 0)
 
 
 @torch.library.custom_op("trifold::plane_linear", mutates_args=())
