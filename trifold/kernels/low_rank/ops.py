@@ -95,9 +95,10 @@ def low_rank_linear(
 ) -> torch.Tensor:
     """x (M, in) float16 or bfloat16 -> (M, out), the same dtype: (x right^T) left^T, and x base^T if there is one.
 
-    Each matrix is its planes, scale and zero, or one matrix of x's dtype; kinds: of base, right and left, each on a line
-    of its own, a `Kind`'s text, PLAIN, or for no base nothing. With places (out,) int64 outputs places[:rank] are x right^T itself, and the others
-    those of left in their order. Sums of one shape on one GPU are always added in the same order.
+    Each matrix is its planes, scale and zero, or one matrix of x's dtype. kinds: of base, right and left, each on a
+    line of its own, a `Kind`'s text, PLAIN, or for no base nothing. With places (out,) int64 outputs places[:rank] are
+    x right^T itself, and the others those of left in their order. Sums of one shape on one GPU are always added in the
+    same order.
     """
     import triton
 

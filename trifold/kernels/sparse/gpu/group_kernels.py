@@ -88,9 +88,7 @@ def multiply(
         for f in tl.static_range(T // PHASES):
             c = tile * T + f * PHASES
             index, there = _find(map_ptr, n[:, None], c + g[None, :], BLOCKS)
-            words = tl.load(
-                words_ptr + (index[:, :, None] * WORDS + i[None, None, :]), eviction_policy="evict_first"
-            )
+            words = tl.load(words_ptr + (index[:, :, None] * WORDS + i[None, None, :]), eviction_policy="evict_first")
             meta = tl.load(meta_ptr + index, mask=there != 0, other=0)
             words = tl.reshape(words, (BN, INNER))
             both = tl.reshape(tl.broadcast_to(meta[:, None, :], (BN, BM, PHASES)), (BN, COLS))
