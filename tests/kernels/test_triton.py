@@ -56,7 +56,9 @@ def test_the_check_for_gpus_runs_as_far_as_there_is_none():
     rows = [line for line in said.splitlines() if line.startswith("| ")]
     assert sum(line.endswith(" none |") for line in rows) == 10
     assert sum("Error" in line for line in rows) == 2  # the products of others that want a GPU, or are not here
-    assert "'times faster': " in said and all(op in said for op in ("experts.planes", "groups_triton", "bitmap_triton"))
+    assert "'times faster': " in said and all(
+        name in said for name in ("experts.planes", "groups_triton", "bitmap_triton", "int4 + rank 128 bf16")
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

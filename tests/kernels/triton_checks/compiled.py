@@ -107,7 +107,7 @@ def cases():
                 numbers(bits, grid) | {"BN": 64}, {}, 0, {80: False, 89: False, 90: usual},
             )  # fmt: skip
     for block in (1024, 4096, 16384):
-        constants = {"STEP": 4, "SLOT": SLOT, "PAIRED": False, "CHUNK": 128, "BLOCK": block}
+        constants = {"STEP": 4, "SLOT": SLOT, "SPAN": 0, "CHUNK": 128, "BLOCK": block}
         options = {"num_warps": block // 1024}
         yield Case(
             f"prepare {block}", activations.prepare, constants, options, 0, dict.fromkeys((80, 89, 90), block > 1024)

@@ -25,7 +25,7 @@ def packed(bits):
 
 def cases():
     for bits in (2, 3, 4, 8):
-        for tokens in (8, 16):
+        for tokens in (8, 16) if bits == 4 else (8,):
             config = choose(bits, tokens)
             options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": ops.REGISTERS}
             for name, base, left, placed in (
@@ -35,6 +35,8 @@ def cases():
                 ("pivots", False, True, True),
                 ("pivots plain", False, False, True),
             ):
+                if bits != 4 and name != "sum":
+                    continue
                 compiled.TYPES.update(PACKED if left else PLAIN)
                 constants = packed(bits) | {f"LEFT_{name}": value for name, value in packed(bits).items()}
                 constants |= {"BASE": base, "PACKED": left, "PLACED": placed, "BIAS": True, "SHARED": base}

@@ -15,9 +15,9 @@ compiled.TYPES.update(
 
 def cases():
     for bits in groups.WIDTHS:
-        for group in (16, 32, 64, 128):
-            for tokens in (1, 2, 4, 8) if bits == 4 else (1, 8):
-                config = groups.choose(group, tokens)
+        for group in (16, 32, 64, 128) if bits == 4 else (32,):
+            for tokens in (1, 2, 4, 8) if bits == 4 and group <= 32 else (1, 8):
+                config = groups.choose(bits, group, tokens)
                 constants = {
                     "LAYOUT": layout_of(bits), "GROUP": group, "T": config.tile, "PHASES": config.phases, "WIDE": False,
                     "BIAS": True, "SHARED": True, "BN": config.bn, "BM": config.bm,

@@ -64,7 +64,15 @@ class _Planes(NamedTuple):
         }
         return {before + name: value for name, value in found.items()}
 
-    def activations(self, in_features: int) -> tuple[int, int, int]:
+    @property
+    def out_features(self) -> int:
+        return self.tensors[3].shape[1]
+
+    @property
+    def groups(self) -> int:
+        return self.tensors[3].shape[0]
+
+    def wants(self, in_features: int) -> tuple[int, int, int]:
         """What `prepared` is told of inputs that meet it."""
         step = self.layout.shifts[1] if self.kind.grid == "int" else 0
         return self.layout.tiles(in_features) * self.layout.tile, self.flush, step
@@ -87,61 +95,67 @@ def low_rank_linear(
 ) -> torch.Tensor:
     """x (M, in) float16 or bfloat16 -> (M, out), the same dtype: (x right^T) left^T, and x base^T if there is one.
 
-    Each matrix is its planes, scale and zero, or one matrix of x's dtype; kinds: of base, right and left, each on a line
-    of its own, a `Kind`'s text, PLAIN, or for no base nothing. With places (out,) int64 outputs places[:rank] are x right^T itself, and the others
-    those of left in their order. Sums of one shape on one GPU are always added in the same order.
+    Each matrix is its planes, scale and zero, or one matrix of x's dtype. kinds: of base, right and left, each on a
+    line of its own, a `Kind`'s text, PLAIN, or for no base nothing. With places (out,) int64 outputs places[:rank] are
+    x right^T itself, and the others those of left in their order. Sums of one shape on one GPU are always added in the
+    same order.
     """
     import triton
 
     from trifold.kernels.low_rank.kernel import finish
-    from trifold.kernels.weight_only.planes.gemm import multiply
 
-    (tokens, in_features), many = x.shape, processors(x.device)
+    tokens, in_features = x.shape
     base_kind, right_kind, left_kind = kinds.split("\n")
     first = None if right_kind == PLAIN else _Planes.of(right, right_kind)
     second = None if left_kind == PLAIN else _Planes.of(left, left_kind)
     whole = _Planes.of(base, base_kind) if base_kind else None
-    rows, rank = _rows(left), right[0].shape[0] if first is None else first.tensors[3].shape[1]
+    main, after = (found or _Planes.of([x, x], _ABSENT.text) for found in (whole, second))
+    rows, rank = _rows(left), right[0].shape[0] if first is None else first.out_features
     y = x.new_empty(tokens, rows if places is None else len(places))
+    config = choose((whole or after).kind.bits, tokens)._replace(registers=REGISTERS)
+    m_blocks, parts = triton.cdiv(tokens, config.bm), 1
+    blocks = m_blocks * triton.cdiv(rows, config.bn)
+    if whole is not None:
+        parts = share(config.warps, blocks, whole.layout.tiles(in_features), processors(x.device))
     with torch.cuda.device_of(x):
-        config = choose((whole or second or _Planes.of([x, x], _ABSENT.text)).kind.bits, tokens)
-        blocks = triton.cdiv(tokens, config.bm) * triton.cdiv(rows, config.bn)
-        parts = 1
-        if whole is not None:
-            parts = share(config.warps, blocks, whole.layout.tiles(in_features), many)
         partial, count = workspace(y, parts, blocks)
-        z, ready = x, None
         if first is None:
-            z = torch.nn.functional.linear(x, right[0])
+            z, ready = torch.nn.functional.linear(x, right[0]), None
         else:
-            own = choose(first.kind.bits, tokens)
-            pieces = triton.cdiv(tokens, own.bm) * triton.cdiv(rank, own.bn)
-            tiles = first.layout.tiles(in_features)
-            several = share(own.warps, pieces, tiles, many)
-            z = x.new_empty(tokens, rank, dtype=torch.float32)
-            sums, counts = workspace(z, several, pieces)
-            both = x.new_empty(len(counts) + len(count), dtype=torch.int32)
-            counts, count = both[: len(counts)], both[len(counts) :]
-            ready = prepared(x, both, *first.activations(in_features))
-            multiply[(pieces, several)](
-                *ready, *first.tensors, first.tensors[3], z, sums, counts, tokens, rank, tiles, len(first.tensors[3]),
-                **first.constants(), BIAS=False, SHARED=several > 1, **_tiles(own),
-            )  # fmt: skip
-        if whole is not None and (
-            first is None or whole.activations(in_features) != first.activations(in_features) or ready is None
-        ):
-            ready = prepared(x, count, *whole.activations(in_features))
-        extra = 0 if places is None else triton.cdiv(tokens, config.bm) * triton.cdiv(rank, config.bn)
-        main, after = whole or _Planes.of([y, y], _ABSENT.text), second or _Planes.of([left[0], left[0]], _ABSENT.text)
-        finish[(blocks + extra, parts)](
-            *(ready or (y, y, y)), *main.tensors, z, *after.tensors, y if places is None else places,
-            y if bias is None else bias, y, partial, count,
-            tokens, y.shape[1], rows, main.layout.tiles(in_features), len(main.tensors[3]), rank,
-            after.layout.tiles(rank), len(after.tensors[3]),
-            BASE=whole is not None, **main.constants(), PACKED=second is not None, **after.constants("LEFT_"),
-            PLACED=places is not None, BIAS=bias is not None, SHARED=parts > 1, **_tiles(config._replace(registers=REGISTERS)),
+            z, ready, count = _right(x, first, count)
+        if whole is not None and (first is None or whole.wants(in_features) != first.wants(in_features)):
+            ready = prepared(x, count, *whole.wants(in_features))
+        copied = 0 if places is None else m_blocks * triton.cdiv(rank, config.bn)
+        finish[(blocks + copied, parts)](
+            *(ready or (y, y, y)), *main.tensors, z, *(after.tensors if second else [left[0]] * 5),
+            y if places is None else places, y if bias is None else bias, y, partial, count,
+            tokens, y.shape[1], rows, main.layout.tiles(in_features), main.groups, rank, after.layout.tiles(rank),
+            after.groups, BASE=whole is not None, **main.constants(), PACKED=second is not None,
+            **after.constants("LEFT_"), PLACED=places is not None, BIAS=bias is not None, SHARED=parts > 1,
+            **_tiles(config),
         )  # fmt: skip
     return y
+
+
+def _right(x: torch.Tensor, factor: _Planes, count: torch.Tensor) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """(x times a factor, float32 (M, rank), what `prepared` made of x, `count` or a tensor like it with zeros)."""
+    import triton
+
+    from trifold.kernels.weight_only.planes.gemm import multiply
+
+    (tokens, in_features), rank = x.shape, factor.out_features
+    config, tiles = choose(factor.kind.bits, tokens), factor.layout.tiles(in_features)
+    blocks = triton.cdiv(tokens, config.bm) * triton.cdiv(rank, config.bn)
+    parts = share(config.warps, blocks, tiles, processors(x.device))
+    z = x.new_empty(tokens, rank, dtype=torch.float32)
+    partial, own = workspace(z, parts, blocks)
+    both = count.new_empty(len(own) + len(count))
+    ready = prepared(x, both, *factor.wants(in_features))
+    multiply[(blocks, parts)](
+        *ready, *factor.tensors, z, z, partial, both, tokens, rank, tiles, factor.groups, **factor.constants(),
+        BIAS=False, SHARED=parts > 1, **_tiles(config),
+    )  # fmt: skip
+    return z, ready, both[len(own) :]
 
 
 def _tiles(config: Config) -> dict[str, int]:

@@ -51,47 +51,6 @@ def _find(map_ptr, row, c, BLOCKS):
     return entry.to(tl.int32) + _count(bits & (bit - 1)), bits & bit
 
 
-@triton.jit
-def _joined(w, LAYOUT: tl.constexpr, BN: tl.constexpr, UNITS: tl.constexpr):
-    """Words int16 (BN, UNITS, words of 32 codes) -> fp16 (BN, UNITS * 32), slot after slot."""
-    w0 = numbers(w, w, w, LAYOUT, 0, "int")
-    w1 = numbers(w, w, w, LAYOUT, 1, "int")
-    if slots(LAYOUT) == 2:
-        both = tl.permute(tl.join(w0, w1), (0, 1, 3, 2))
-    else:
-        w2 = numbers(w, w, w, LAYOUT, 2, "int")
-        w3 = numbers(w, w, w, LAYOUT, 3, "int")
-        if slots(LAYOUT) == 4:  # the last dimension is the lowest bit of a slot's number
-            both = tl.permute(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (0, 1, 3, 4, 2))
-        else:
-            w4 = numbers(w, w, w, LAYOUT, 4, "int")
-            w5 = numbers(w, w, w, LAYOUT, 5, "int")
-            w6 = numbers(w, w, w, LAYOUT, 6, "int")
-            w7 = numbers(w, w, w, LAYOUT, 7, "int")
-            even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
-            odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
-            both = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 5, 2))
-    return tl.reshape(both, (BN, UNITS * 32))
-
-
-@triton.jit
-def _part(t, f: tl.constexpr, F: tl.constexpr):
-    """(rows, F, n) -> part f of 1, 2 or 4, (rows, n)."""
-    SIZE: tl.constexpr = t.shape[0]
-    REST: tl.constexpr = t.shape[2]
-    if F == 1:
-        part = tl.reshape(t, (SIZE, REST))
-    elif F == 2:
-        even, odd = tl.split(tl.permute(t, (0, 2, 1)))
-        part = even if f == 0 else odd
-    else:
-        low, high = tl.split(tl.permute(tl.reshape(t, (SIZE, 2, 2, REST)), (0, 2, 3, 1)))
-        half = low if f < 2 else high
-        even, odd = tl.split(tl.permute(half, (0, 2, 1)))
-        part = even if f % 2 == 0 else odd
-    return part
-
-
 @triton.jit(do_not_specialize=["M", "TILES"])
 def multiply(
     a_ptr, sum_ptr, inverse_ptr, words_ptr, meta_ptr, map_ptr, bias_ptr, y_ptr, partial_ptr, count_ptr, M, N, TILES,
@@ -104,9 +63,10 @@ def multiply(
     programs along the second axis share the tiles of one piece of y.
     """
     COLS: tl.constexpr = BM * PHASES
-    WORDS: tl.constexpr = 32 // slots(LAYOUT)  # of 32 codes
-    INNER: tl.constexpr = PHASES * GROUP
-    F: tl.constexpr = T // PHASES
+    SLOTS: tl.constexpr = slots(LAYOUT)
+    WORDS: tl.constexpr = GROUP // SLOTS
+    SPAN: tl.constexpr = PHASES * GROUP
+    INNER: tl.constexpr = SPAN // SLOTS
     BLOCKS = tl.cdiv(N, BN) * (BN // ROWS)
     pid = tl.program_id(0)
     m_blocks = tl.cdiv(M, BM)
@@ -115,39 +75,37 @@ def multiply(
     share = tl.cdiv(TILES, tl.num_programs(1))
     start = tl.program_id(1) * share
     stop = tl.minimum(start + share, TILES)
-    k = tl.arange(0, T * GROUP)
-    group = k // 32 * 2 + k % WORDS // (WORDS // 2) if GROUP == 16 else k // GROUP
+    k = tl.arange(0, INNER)
     phase = tl.arange(0, COLS) % PHASES
-    own = (group % PHASES)[:, None] == phase[None, :]
+    own = (k // WORDS)[:, None] == phase[None, :]
     keep = tl.where(own, -1, 0).to(tl.int16)
     m = tl.minimum(m0 + tl.arange(0, COLS) // PHASES, M - 1)
     a = a_ptr + m[None, :].to(tl.int64) * (TILES * (T * GROUP)) + k[:, None]
-    i = tl.arange(0, GROUP * WORDS // 32)
+    g = tl.arange(0, PHASES)
+    i = tl.arange(0, WORDS)
     total = tl.zeros((BN, COLS), dtype=tl.float32)
     for tile in range(start, stop):
-        index, there = _find(map_ptr, n[:, None], (tile * T + tl.arange(0, T))[None, :], BLOCKS)
-        at = index[:, :, None] * (GROUP * WORDS // 32) + i[None, None, :]
-        words = tl.load(words_ptr + at, eviction_policy="evict_first")
-        meta = tl.load(meta_ptr + index, mask=there != 0, other=0)
-        if GROUP == 16:  # less than a vector of loads is in one phase
-            x = _only(tl.load(a + tile * (T * GROUP)), keep)
-        else:
-            x = tl.load(a + tile * (T * GROUP), mask=own, other=0.0)
-        words = tl.reshape(words, (BN, F, INNER * WORDS // 32))
-        meta = tl.reshape(meta, (BN, F, PHASES))
-        x = tl.permute(tl.reshape(x, (F, INNER, COLS)), (1, 0, 2))
-        for f in tl.static_range(F):
-            w = _joined(tl.reshape(_part(words, f, F), (BN, INNER // 32, WORDS)), LAYOUT, BN, INNER // 32)
-            both = tl.broadcast_to(_part(meta, f, F)[:, None, :], (BN, BM, PHASES))
-            both = tl.reshape(both, (BN, COLS))
+        for f in tl.static_range(T // PHASES):
+            c = tile * T + f * PHASES
+            index, there = _find(map_ptr, n[:, None], c + g[None, :], BLOCKS)
+            words = tl.load(words_ptr + (index[:, :, None] * WORDS + i[None, None, :]), eviction_policy="evict_first")
+            meta = tl.load(meta_ptr + index, mask=there != 0, other=0)
+            words = tl.reshape(words, (BN, INNER))
+            both = tl.reshape(tl.broadcast_to(meta[:, None, :], (BN, BM, PHASES)), (BN, COLS))
             if WIDE:
                 scale = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
                 both = both.to(tl.int32)
             else:
                 scale = (both & -65536).to(tl.float32, bitcast=True)
             zero = (both << 16).to(tl.float32, bitcast=True)
-            sums = tl.load(sum_ptr + (tile * T + f * PHASES + phase) * M + m) * (-1 / unit("int"))
-            total += tl.dot(w, _part(x, f, F), zero * sums[None, :]) * scale
+            t = zero * (tl.load(sum_ptr + (c + phase) * M + m) * (-1 / unit("int")))[None, :]
+            for j in tl.static_range(SLOTS):
+                if WORDS < 8:  # less than a vector of loads is in one phase
+                    x = _only(tl.load(a + c * GROUP + j * INNER), keep)
+                else:
+                    x = tl.load(a + c * GROUP + j * INNER, mask=own, other=0.0)
+                t = tl.dot(numbers(words, words, words, LAYOUT, j, "int"), x, t)
+            total += t * scale
     y = tl.sum(tl.reshape(total, (BN, BM, PHASES)), axis=2)
     m = m0 + tl.arange(0, BM)
     inside = (n < N)[:, None] & (m < M)[None, :]

@@ -43,11 +43,12 @@ class Config(NamedTuple):
     registers: int = 255
 
 
-def choose(group: int, tokens: int) -> Config:
-    """phases * bm columns of a tensor core's 8, or 16 where two groups of 16 inputs are one instruction's."""
+def choose(bits: int, group: int, tokens: int) -> Config:
+    """phases * bm columns of a tensor core's 8, or more, so that an instruction's 16 inputs are of as many groups as
+    its words come from."""
     bm = next((limit for limit in (1, 2, 4) if tokens <= limit), 8)
-    phases = max(min(8 // bm, _SPAN // group), 2 if group == 16 else 1)
-    return Config(max(bm, 8 // phases), phases, max(phases, min(128 // group, 4 * phases)))
+    phases = max(min(8 // bm, _SPAN // group), 16 * (16 // bits) // group, 1)
+    return Config(max(bm, 8 // phases), phases, max(phases, 128 // group))
 
 
 class TritonGroups(Blockwise):
@@ -55,8 +56,7 @@ class TritonGroups(Blockwise):
 
     The runtime layout has survivors by blocks of 32 rows, in these by columns of groups, in these by rows, each with
     its scale and zero-point in one number. `map` says for each column of a block which rows are there and where the
-    first is. The words of a group are those of `planes.layout` with 32 codes a tile: word i of W has in its slot j code
-    W j + i. Two groups of 16 make such a tile, of which each has half the words.
+    first is. A group is W words of 16 bits, as in `planes.layout`: word i has in its slot j code W j + i.
     """
 
     name = "sparse.groups_triton"
@@ -130,26 +130,19 @@ class TritonGroups(Blockwise):
         return y
 
 
-def _slots(group: int, bits: int) -> tuple[int, int, int]:
-    """(tiles of a group, slots, words of a tile) that its codes in their order divide into."""
-    words = 2 * bits if group > 16 else bits
-    return group * bits // (16 * words), 16 // bits, words
-
-
 def _words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes (groups, group) -> int16 (groups + 1, words); the last is for programs that look past the end."""
-    divided = codes.unflatten(1, _slots(codes.shape[1], bits)).to(torch.int16)
-    words = torch.zeros_like(divided[:, :, 0])
-    for j, (_, bit) in enumerate(layout_of(bits).places[0][: 16 // bits]):
-        words |= divided[:, :, j] << bit
-    return torch.nn.functional.pad(words.flatten(1), (0, 0, 0, 1))
+    slots = codes.unflatten(1, (16 // bits, -1)).to(torch.int16)
+    words = torch.zeros_like(slots[:, 0])
+    for j, (_, bit) in enumerate(layout_of(bits).places[0]):
+        words |= slots[:, j] << bit
+    return torch.nn.functional.pad(words, (0, 0, 0, 1))
 
 
 def _codes(words: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse: int16 (groups, words) -> codes (groups, group) uint8."""
-    divided = words.unflatten(1, (-1, _slots(words.shape[1] * 16 // bits, bits)[2]))
-    places = layout_of(bits).places[0][: 16 // bits]
-    return torch.stack([divided >> bit & (1 << bits) - 1 for _, bit in places], 2).flatten(1).to(torch.uint8)
+    parts = [words >> bit & (1 << bits) - 1 for _, bit in layout_of(bits).places[0]]
+    return torch.stack(parts, 1).flatten(1).to(torch.uint8)
 
 
 def _meta(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -190,16 +183,16 @@ def group_linear(
     from trifold.kernels.sparse.gpu.group_kernels import multiply
 
     tokens, columns, layout = len(x), len(where), layout_of(bits)
-    config = choose(group, tokens)
+    config = choose(bits, group, tokens)
     tiles = columns // config.tile
     blocks = triton.cdiv(tokens, config.bm) * triton.cdiv(out_features, config.bn)
     parts = share(config.warps, blocks, tiles, processors(x.device))
     y = x.new_empty(tokens, out_features)
     with torch.cuda.device_of(x):
         partial, count = workspace(y, parts, blocks)
-        slot = bits if group == 16 else 2 * bits
+        slot, span = group * bits // 16, config.phases * group
         multiply[(blocks, parts)](
-            *prepared(x, count, columns * group, group, layout.shifts[1], slot, group == 16),
+            *prepared(x, count, columns * group, group, layout.shifts[1], slot, span),
             words, meta, where, meta if bias is None else bias, y, partial, count, tokens, out_features, tiles,
             LAYOUT=layout, GROUP=group, T=config.tile, PHASES=config.phases, WIDE=meta.dtype == torch.int64,
             BIAS=bias is not None, SHARED=parts > 1, BN=config.bn, BM=config.bm,

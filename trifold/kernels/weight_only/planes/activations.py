@@ -17,14 +17,14 @@ def powers(largest):
 @triton.jit(do_not_specialize=["counts", "M", "CHUNKS"])
 def prepare(
     x_ptr, a_ptr, sum_ptr, inverse_ptr, count_ptr, counts, M, K, PADDED, CHUNKS,
-    STEP: tl.constexpr, SLOT: tl.constexpr, PAIRED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, SLOT: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token a program, BLOCK inputs at a time, of PADDED, which are whole tiles.
 
     The token is multiplied by the power of two that brings its largest magnitude to 2**14 .. 2**15, where fp16 keeps
     every bit of bfloat16 down to 2**-39 of it; `inverse` (M,) undoes that. a: fp16 (M, PADDED), the inputs of slot j,
-    of SLOT each, divided by 2**(STEP * j mod 8). PAIRED: of each 32 inputs the slots of the first 16 and of the second
-    take turns. sum: (CHUNKS, M) float32, of CHUNK inputs each. `count` is set to 0.
+    of SLOT each, divided by 2**(STEP * j mod 8). sum: (CHUNKS, M) float32, of CHUNK inputs each. With SPAN the inputs
+    of each SPAN are in another order: the first slots of all chunks, then the second ones. `count` is set to 0.
     """
     row = tl.program_id(0)
     i = tl.arange(0, BLOCK)
@@ -45,6 +45,7 @@ def prepare(
         total = tl.sum(tl.reshape(x.to(tl.float16).to(tl.float32), (BLOCK // CHUNK, CHUNK)), axis=1)
         tl.store(sum_ptr + (start // CHUNK + chunk) * M + row, total, mask=start // CHUNK + chunk < CHUNKS)
         x *= ((127 - (k // SLOT * STEP) % 8) << 23).to(tl.float32, bitcast=True)
-        if PAIRED:
-            k = k // 32 * 32 + k % 16 // SLOT * (2 * SLOT) + k // 16 % 2 * SLOT + k % SLOT
+        if SPAN:
+            first = k % CHUNK // SLOT * (SPAN // CHUNK * SLOT) + k % SPAN // CHUNK * SLOT
+            k = k // SPAN * SPAN + first + k % SLOT
         tl.store(a_ptr + k, x.to(tl.float16), mask=k < PADDED)

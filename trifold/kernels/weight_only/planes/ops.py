@@ -46,7 +46,7 @@ def _constants(bits: int, group: int, grid: str, midpoint: float, zero: torch.Te
 
 
 def prepared(
-    x: torch.Tensor, count: torch.Tensor, padded: int, chunk: int, step: int, slot: int = SLOT, paired: bool = False
+    x: torch.Tensor, count: torch.Tensor, padded: int, chunk: int, step: int, slot: int = SLOT, span: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (M, in) as `activations.prepare` describes: its numbers, sums and factors. `count` becomes zero."""
     import triton
@@ -59,7 +59,7 @@ def prepared(
     block = min(triton.next_power_of_2(padded), _BLOCK)
     prepare[(rows,)](
         x.contiguous(), a, sums, inverse, count, count.numel(), rows, in_features, padded, padded // chunk,
-        STEP=step, SLOT=slot, PAIRED=paired, CHUNK=chunk, BLOCK=block, num_warps=max(1, block // 1024),
+        STEP=step, SLOT=slot, SPAN=span, CHUNK=chunk, BLOCK=block, num_warps=max(1, block // 1024),
     )  # fmt: skip
     return a, sums, inverse
 
