@@ -191,7 +191,10 @@ def compare(args: argparse.Namespace) -> None:
 def record(rows: dict[str, Any]) -> None:
     results = ROOT / "benchmarks" / "results"
     (results / "peers.json").write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
-    lines = ["| checkpoint | made by | float32 logits differ by | 16-bit logits differ by | weights differ by |", "|" + "---|" * 5]
+    lines = [
+        "| checkpoint | made by | float32 logits differ by | 16-bit logits differ by | weights differ by |",
+        "|" + "---|" * 5,
+    ]
     for name, row in rows.items():
         cells = [f"{row[key]:.1e}" if key in row else "" for key in ("logits", "logits16", "weights")]
         lines.append(f"| {name} | {row['tool']} {row['versions'][row['tool']]} | {' | '.join(cells)} |")
