@@ -4,7 +4,7 @@
 
 N = K = --size. "DRAM" goes round more than a gigabyte of weights, so that no cache has them; "cache" uses one weight
 again and again. Times are medians of single calls in milliseconds. --kernel: a compiled one by name, else the best
-that this processor runs.
+that this processor runs; results are named after it.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def ratios(results: dict[str, Any], ours: str) -> dict[str, float]:
         "M=1: W4 over bf16 linear": faster("bf16 linear", f"W4 {ours}", "1"),
         "M=16: W4 over torch's int4": faster("W4 torch_int4", f"W4 {ours}", "16"),
         "M=16: W4 over bf16 linear": faster("bf16 linear", f"W4 {ours}", "16"),
+        "M=64: W4 over bf16 linear": faster("bf16 linear", f"W4 {ours}", "64"),
         "M=256: W4 over bf16 linear": faster("bf16 linear", f"W4 {ours}", "256"),
         "M=1: W2 over W4": faster(f"W4 {ours}", f"W2 {ours}", "1"),
         "M=1: W8 over torch's int8": faster("W8 per channel torch_int8", f"W8 per channel {ours}", "1"),
@@ -172,7 +173,11 @@ def main() -> None:
         + "\nHow many times faster, weights in DRAM:\n\n"
         + markdown(["", "ratio"], [[name, f"{value:.2f}"] for name, value in found.items()])
     )
-    save("cpu_kernels", {"machine": here, "arguments": vars(args), "milliseconds": results, "ratios": found}, text)
+    save(
+        ours.replace("cpu_", "cpu_kernels-"),
+        {"machine": here, "arguments": vars(args), "milliseconds": results, "ratios": found},
+        text,
+    )
     print(text)
 
 

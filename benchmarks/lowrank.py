@@ -46,6 +46,7 @@ def factors(method: str, bits: int | None = None, **options: Any) -> dict[str, A
 
 
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    "INT4 g64": ("bits", rounded("gptaq", 4, 64)),
     "INT4 g128": ("bits", rounded("gptaq", 4, 128)),
     "INT3 g64": ("bits", rounded("gptaq", 3, 64)),
     "INT3 g128": ("bits", rounded("gptaq", 3, 128)),
@@ -55,22 +56,26 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "GQSA W4S50 g16": ("sparse", rounded("gqsa", 4, 16, sparsity=0.5)),
     "rank80 + INT4": ("rank", factors("reduced_rank", 4, global_keep=0.8)),
     "rank60 + INT4": ("rank", factors("reduced_rank", 4, global_keep=0.6)),
-    "W3 g128 + 0.2 bits": ("residual", factors("residual", 3, lr_bits=0.2)),
-    "W2 g128 + 0.4 bits": ("residual", factors("residual", 2, lr_bits=0.4, factor_bits=3)),
-    "W3 g128 + 0.2 bits, 3-bit factors": ("residual", factors("residual", 3, lr_bits=0.2, factor_bits=3)),
-    "W2 g128 + 0.4 bits, 4-bit factors": ("residual", factors("residual", 2, lr_bits=0.4)),
+    "W4 g128 + 0.15 bits": ("residual", factors("residual", 4, global_lr_bits=0.15)),
+    "W3 g128 + 0.2 bits": ("residual", factors("residual", 3, global_lr_bits=0.2)),
+    "W3 g128 + 0.15 bits": ("residual", factors("residual", 3, global_lr_bits=0.15)),
+    "W2 g128 + 0.4 bits": ("residual", factors("residual", 2, global_lr_bits=0.4, factor_bits=3)),
+    "W3 g128 + 0.2 bits, of each layer": ("residual", factors("residual", 3, lr_bits=0.2)),
+    "W2 g128 + 0.4 bits, of each layer": ("residual", factors("residual", 2, lr_bits=0.4, factor_bits=3)),
 }
-"""Row -> fold, step."""
+"""Row -> fold, step. `of each layer`: the same bits for all instead of a shared budget."""
 
 MATCHED = (
-    ("W3 g128 + 0.2 bits", "INT3 g64"),
+    ("W4 g128 + 0.15 bits", "INT4 g64"),
+    ("W3 g128 + 0.15 bits", "INT3 g64"),
     ("rank80 + INT4", "INT3 g64"),
+    ("rank80 + INT4", "W3 g128 + 0.2 bits"),
     ("rank80 + INT4", "INT3 g128"),
+    ("GQSA W4S50 g16", "INT3 g128"),
     ("W2 g128 + 0.4 bits", "INT2 g32"),
     ("W2 g128 + 0.4 bits", "INT2 g64"),
     ("rank60 + INT4", "INT2 g32"),
     ("rank60 + INT4", "W2 g128 + 0.4 bits"),
-    ("GQSA W4S50 g16", "INT3 g128"),
 )
 """Rows of about as many bits that are compared."""
 
@@ -102,13 +107,17 @@ def sizes_table(dense: dict[str, Any], cells: dict[str, dict[str, Any]]) -> str:
 
 
 def matched_table(cells: dict[str, dict[str, Any]]) -> str:
-    """Pairs of rows of like size, the first against the second."""
+    """Pairs of rows of like size, the first against the second, and which is better by two standard errors."""
+    from trifold.eval import paired_difference
+
     rows = []
     for ours, theirs in MATCHED:
         if ours in cells and theirs in cells:
             a, b = cells[ours], cells[theirs]
             bits = f"{a['bits_per_weight']:.3f} : {b['bits_per_weight']:.3f}"
-            rows.append([ours, theirs, bits, rise(a, b), ours if a["loss"] < b["loss"] else theirs])
+            difference, error = paired_difference(a["window_losses"], b["window_losses"])
+            better = "neither" if abs(difference) < 2 * error else ours if difference < 0 else theirs
+            rows.append([ours, theirs, bits, rise(a, b), better])
     return markdown(["", "against", "bits per weight", "difference in loss, nats", "better"], rows)
 
 
@@ -159,6 +168,7 @@ def main() -> None:
                  for share in KEEP if f"{share:.0%}" in kept}  # fmt: skip
         protocol = f"{args.nsamples} x {args.seqlen} tokens of calibration, {args.max_windows} windows scored"
         where = ", ".join(f"{k} {v}" for k, v in machine().items())
+        where += "; with cells of an earlier run" * bool(before)
         text = f"{Path(args.model).name}: {protocol}; dense perplexity {dense['perplexity']:.3f}.\n\n"
         text += f"Factors in 16 bits:\n\n{methods_table(dense, shown)}\n"
         text += f"Folds at several sizes:\n\n{sizes_table(dense, sizes)}\n"

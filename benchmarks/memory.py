@@ -19,6 +19,8 @@ import click
 from common import ROOT, machine, markdown, save
 from random_model import write
 
+from trifold.compress.recipe import Recipe
+
 LIMITS = {"w4a16-rtn": 1.0e9, "w4a16-gptq": 1.5e9}  # what each may take
 _RUN = """
 import json, resource, sys
@@ -42,9 +44,9 @@ def measure(model: Path, recipe: str, calib: Path, work: Path, settings: dict[st
         check=True,
     )
     promised = json.loads(plan.stdout)
-    output = work / "out"
+    output, text = work / "out", None if Recipe.load(recipe).data_free else str(calib)
     shutil.rmtree(output, ignore_errors=True)
-    arguments = json.dumps([str(model), recipe, str(calib), str(output), settings])
+    arguments = json.dumps([str(model), recipe, text, str(output), settings])
     done = subprocess.run([sys.executable, "-c", _RUN, arguments], stdout=subprocess.PIPE, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     stage, peak = max(promised["memory"].items(), key=lambda item: item[1])
@@ -110,9 +112,7 @@ def main(
     )
     print(table)
     if record:
-        text = (
-            f"A random Llama of TinyLlama's shape, {layers} blocks, {nsamples} windows of {seqlen} tokens.\n\n{table}"
-        )
+        text = f"A random Llama of TinyLlama's shape, {layers} blocks; {nsamples} windows of {seqlen} tokens where text is needed.\n\n{table}"
         save("memory", {"machine": machine(), "layers": layers, "rows": rows}, text)
     bad = [r for r in rows if abs(r["off"]) > 0.15 or abs(r["written"] / r["planned_bytes"] - 1) > 0.01]
     bad += [r for r in rows if r["limit"] and r["peak"] > r["limit"]]

@@ -4,7 +4,8 @@
 
 The first table prunes without rounding, at 50 % and 2:4: the mean relative output error of the layers on calibration
 text, and the loss on held-out text. The second stores rounded weights, sparse or not, at several sizes, as compression
-leaves them and after the same recovery for all (BQPO, then E2E-OQP). Every cell is a checkpoint written by
+leaves them and after the same recovery for all: distillation, or with `--recovery published` GQSA's two stages, BQPO
+and E2E-OQP. Every cell is a checkpoint written by
 `trifold.compress`, loaded again and scored on the same windows, which calibration never saw. `±` is the standard error
 of the paired difference over windows.
 """
@@ -45,7 +46,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "GQSA W4S50 g32": rounded("gqsa", 4, 32, sparsity=0.5),
     "INT2 g64": rounded("gptq", 2, 64),
 }
-RECOVERY: list[dict[str, Any]] = [{"method": "bqpo"}, {"method": "e2e_oqp"}]
+RECOVERIES: dict[str, list[dict[str, Any]]] = {
+    "distill": [{"method": "distill"}],
+    "published": [{"method": "bqpo"}, {"method": "e2e_oqp"}],
+}
 
 
 def cell(args: argparse.Namespace, name: str, steps: list[dict[str, Any]], dtype: str = "float32") -> dict[str, Any]:
@@ -121,6 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_text_arguments(parser)
     parser.add_argument("--max-windows", type=int, default=200)
+    parser.add_argument("--recovery", choices=list(RECOVERIES), default="distill")
     parser.add_argument("--skip-recovery", action="store_true")
     parser.add_argument("--go-on", action="store_true", help="Keep the cells that the results already have.")
     parser.add_argument("--recover", help="Names of the cells to recover, by commas.  [default: all]")
@@ -134,6 +139,8 @@ def main() -> None:
 
     def write() -> None:
         protocol = f"{args.nsamples} x {args.seqlen} tokens of calibration, {args.max_windows} windows scored"
+        if not args.skip_recovery:
+            protocol += f", recovery {args.recovery}"
         where = ", ".join(f"{k} {v}" for k, v in machine().items())
         text = f"{Path(args.model).name}: {protocol}; dense perplexity {dense['perplexity']:.3f}.\n\n"
         text += f"Pruned, 16 bits:\n\n{pruners_table(dense, pruned)}\n"
@@ -154,7 +161,7 @@ def main() -> None:
         fill(sizes.setdefault(name, {}), "plain", name, [step])
     chosen = args.recover.split(",") if args.recover else list(SIZES)
     for name in () if args.skip_recovery else chosen:
-        fill(sizes[name], "recovered", f"{name} recovered", [SIZES[name], *RECOVERY])
+        fill(sizes[name], "recovered", f"{name} recovered", [SIZES[name], *RECOVERIES[args.recovery]])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ def compress(
     seed: int | None = None,
     settings: Iterable[str] = (),
     verbosity: int = 0,
+    export_to: str | None = None,
+    engine: str | None = None,
+    push_to_hub: str | None = None,
     **options: Any,
 ) -> Any:
     """Compress a causal language model.
@@ -33,14 +36,18 @@ def compress(
     model: a folder, a hub id, or a live transformers model, which is changed only at completion unless
     `inplace=True` saves memory. recipe: a preset name, a YAML file, a mapping or a `Recipe`. calibration: a
     .jsonl or text file, a dataset name, or an iterable of texts or token ids; not needed if the recipe is
-    data-free. output: a folder that must not exist yet; None keeps the result in memory.
+    data-free. output: a folder that must not exist yet; None keeps the result in memory. export_to, engine: as of
+    `export`, whose output goes beside it, to `OUTPUT-FORMAT`; whether it can is known before anything is compressed.
+    push_to_hub: a repository that the export is uploaded to, or without one the checkpoint.
     options: batch_size, dtype ("auto", "float32", ...), device, max_shard_size, fresh, inplace.
 
     Returns the compressed model, ready to run, its report at `model.trifold_report`; with `output`, and a folder
     or hub id as the model, the report (a dict) instead. Raises InputError, ProofError or
     ResourceError; see `trifold.core.errors`.
     """
-    from trifold.compress.pipeline import Options, run
+    from trifold.compress.deliver import Delivery
+    from trifold.compress.job import Options
+    from trifold.compress.pipeline import run
     from trifold.compress.progress import Reporter
     from trifold.compress.recipe import Recipe
 
@@ -53,29 +60,49 @@ def compress(
     wanted = {"nsamples": nsamples, "seqlen": seqlen, "seed": seed}
     chosen = chosen.updated([f"{k}={v}" for k, v in wanted.items() if v is not None])
     folder = None if output is None else Path(output).expanduser()
-    result, report = run(model, chosen, calibration, folder, Options(**options), Reporter(verbosity), tokenizer)
+    delivery, reporter = Delivery(export_to, engine, push_to_hub), Reporter(verbosity)
+    result, report = run(model, chosen, calibration, folder, Options(**options), reporter, tokenizer, delivery)
     return report if result is None else result
 
 
 def export(
     model: str | os.PathLike[str],
-    to: str,
+    to: str | None,
     output: str | os.PathLike[str],
     *,
+    engine: str | None = None,
     dtype: str | torch.dtype = "auto",
     max_shard_size: str | int = "5GB",
+    requantize: bool = False,
+    evaluation: str | os.PathLike[str] | None = None,
+    push_to_hub: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write a compressed checkpoint as another engine loads it, without changing a code.
 
-    model: a folder or hub id, of Trifold, compressed-tensors, GPTQ or AWQ. to: "compressed-tensors",
-    "pack-quantized", "int-quantized", "float-quantized", "gptq", "gptq_v2", "awq" or "dense". output: a folder that
-    must not exist yet. dtype: with "dense", of the weights. Returns the report. Raises InputError, before anything is
-    written, for a layer that the format cannot hold exactly.
+    model: a folder or hub id, of Trifold, compressed-tensors, GPTQ or AWQ. to: "compressed-tensors", "pack-quantized",
+    "int-quantized", "float-quantized", "gptq", "gptq_v2", "awq", "gguf" or "dense"; None chooses the best one for
+    `engine`. output: a folder, or with "gguf" a file that ends so, that must not exist yet. engine: "vllm", "sglang",
+    "transformers", "gptqmodel" or "llama.cpp": check that it runs every layer. dtype: with "dense", of the weights.
+    requantize: round what the format cannot hold a second time, and report by how much. evaluation: a file that
+    `trifold eval --json` wrote, for the model card. push_to_hub: a repository to upload the output to. Returns the
+    report. Raises InputError, before anything is written, for a layer that the format cannot hold exactly, or that the
+    engine does not run.
     """
     from trifold.compress.export import export as write
 
-    return write(model, to, output, dtype=dtype, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code)
+    return write(
+        model,
+        to,
+        output,
+        engine=engine,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        requantize=requantize,
+        evaluation=evaluation,
+        push_to_hub=push_to_hub,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def evaluate(

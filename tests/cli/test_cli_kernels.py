@@ -50,6 +50,9 @@ def test_kernels_are_built_ahead_of_time():
     assert code == 0, err
     built = [name for name, entry in json.loads(out)["variants"].items() if entry["bits"] == [4]]
     assert len(built) == 1
+    for kind, widths in (("groups", [4]), ("bitmap", [4, 16])):
+        (*lacking, best) = json.loads(out)["sparse"][kind].values()
+        assert best == {"bits": widths, "reason": None} and all(other["reason"] for other in lacking)
     code, out, err = trifold_cli("build-kernels", "--bits", 4)
     assert code == 0 and built[0] in out, err
 

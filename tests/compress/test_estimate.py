@@ -74,6 +74,19 @@ def test_parameters_of_models_that_are_known(parameters, tmp_path):
     assert found.bits_per_weight == 4.15625 and 4.15625 < found.model_bits_per_weight < 6
 
 
+def test_memory_and_disk_of_lower_rank(tmp_path):
+    path, width = tmp_path / "bare.json", 14336
+    shape = {"hidden_size": 4096, "intermediate_size": width, "num_hidden_layers": 2, "num_attention_heads": 32}
+    path.write_text(json.dumps(LLAMA | shape | {"torch_dtype": "bfloat16"}))
+    found = {name: estimate_model(path, Recipe.load(name)) for name in ("rank80", "rank80-svdllm", "rank80-modegpt")}
+    gram = 8 * width**2
+    assert 2 * gram < found["rank80-svdllm"].memory["solve"] + gram < found["rank80"].memory["solve"]  # and its drift
+    assert found["rank80"].memory["allocate"] > gram + 4 * found["rank80"].components["mlp"].parameters / 2
+    assert 5 * gram < found["rank80-modegpt"].memory["rewrite"] < 10 * gram
+    for name, entry in found.items():
+        assert entry.disk["output"] == pytest.approx(entry.total_bytes, rel=0.001), name
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3"])
 @pytest.mark.parametrize("recipe", ["w4a16-rtn", "w3a16-hqq", "w8a16-channel", "w8a8-fp8", "w4a16-nf4", "everything"])
 def test_sizes_are_those_of_what_is_written(tiny, tmp_path, family, recipe):

@@ -41,13 +41,26 @@ def test_fewer_tokens_than_inputs():
     assert lint(windows(*distinct(4)), plan(200, "rtn"), None, "model") == ()
 
 
-def test_repeated_windows_and_documents():
+def test_repeated_windows_and_passages():
     rows = distinct(4)
     (line,) = lint(windows(*rows, *rows[:2]), plan(8), None, "model")
     assert "2 of 6 windows repeat others" in line
-    one, two = distinct(2, 10)
-    (line,) = lint(windows([*one, *two, *one, 0, 5], [*two, *one, *two, 0, 6]), plan(8), make_tokenizer(), "model")
-    assert "4 of 6 documents repeat others" in line
+    one, two, three = distinct(3, 200)
+    stream = torch.tensor([*one, *two, *one, *two])  # the second time across other borders of windows
+    found = windows_from_samples(list(stream[:768].split(64)), None, 64, None)
+    (line,) = lint(found, plan(8), None, "model")
+    assert "% of its passages of 32 tokens repeat others word for word" in line
+    stream = torch.tensor([*one, *two, *three])
+    assert lint(windows_from_samples(list(stream[:576].split(64)), None, 64, None), plan(8), None, "model") == ()
+
+
+def test_documents_that_no_window_holds():
+    tokenizer = make_tokenizer()
+    stream = torch.tensor([token for row in distinct(4, 100) for token in row])
+    (line,) = lint(windows_from_samples(list(stream[:384].split(64)), None, 64, None), plan(8), tokenizer, "model")
+    assert "4 of 4 documents are longer than a window of 64 tokens and are cut" in line
+    whole = windows_from_samples(list(stream[:384].split(128)), None, 128, None)
+    assert lint(whole, plan(8), tokenizer, "model") == ()
 
 
 def test_a_beginning_that_the_tokenizer_adds():
@@ -71,6 +84,12 @@ def test_chats():
     assert "no window holds <|im_start|>" in line
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert lint(windows([0, start, 5, end], *distinct(4)), plan(8), tokenizer, "Llama-3-8B-Instruct") == ()
+    word = tokenizer.decode([80])
+    tokenizer.chat_template = "{% for m in messages %}" + word + " {{ m['content'] }}{% endfor %}"  # no special token
+    rows = [[0, *range(8, 40)], [0, *range(50, 75)]]
+    (line,) = lint(windows(*rows), plan(8), tokenizer, "model")
+    assert f"no window holds {word}," in line
+    assert lint(windows([0, 80, 9], *rows), plan(8), tokenizer, "model") == ()
 
 
 def test_samples_that_are_cut():

@@ -16,8 +16,8 @@ from trifold.formats import stored_bytes
 from trifold.kernels import PackedLinear
 
 SMALL = {"nsamples": 8, "seqlen": 32, "verbosity": -1}
-PRESETS = ["rank80", "rank60", "rank80-svdllm", "rank80-w4", "w4-lr02", "w3-lr02", "w2-lr04"]
-WIDE = {"lr_bits": 1.5, "factor_bits": 8}  # tiny layers have no room for less
+PRESETS = ["rank80", "rank60", "rank80-svdllm", "rank80-modegpt", "rank80-w4", "w4-lr02", "w3-lr02", "w2-lr04"]
+WIDE = {"global_lr_bits": 1.5, "factor_bits": 8}  # tiny layers have no room for less
 
 
 def packed(model):
@@ -28,18 +28,21 @@ def settings(preset):
     return [f"{k}={v}" for k, v in WIDE.items()] if "-lr" in preset else []
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def broken_off_once(monkeypatch, command):
     """Exit code and stderr of a run that stops after its first block, and then of the same command again."""
     write = journal.Journal.write_block
-
-    def broken(self, *args):
-        write(self, *args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(journal.Journal, "write_block", broken)
+    monkeypatch.setattr(journal.Journal, "write_block", lambda *args: write(*args) or interrupted())
     assert trifold_cli(*command)[0] == 130
     monkeypatch.undo()
     return trifold_cli(*command)
+
+
+def without_report(folder):
+    return {name: data for name, data in contents(folder).items() if name != "report.json"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -48,14 +51,22 @@ def test_every_preset_is_proved_loaded_and_resumed(tmp_path, tiny, text, monkeyp
     options = [word for setting in settings(preset) for word in ("--set", setting)]
     layers = {"n_layer" if family == "gpt2" else "num_hidden_layers": 2}
     command = ("compress", tiny(family, **layers), "-r", preset, *options, "--calib", text)
-    command = (*command, "--nsamples", "4", "--seqlen", "32", "-o", tmp_path / "out")
-    code, _, stderr = broken_off_once(monkeypatch, command)
-    assert code == 0, stderr
+    command = (*command, "--nsamples", "4", "--seqlen", "32")
+    assert trifold_cli(*command, "-o", tmp_path / "whole")[0] == 0
+    code, _, stderr = broken_off_once(monkeypatch, (*command, "-o", tmp_path / "out"))
+    assert code == 0 and "going on after block 1 of 2" in stderr
+    assert without_report(tmp_path / "out") == without_report(tmp_path / "whole")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     model = trifold.load(tmp_path / "out")
-    modules = packed(model)
-    assert report["proof"]["max_abs"] <= 1e-3 and len(modules) == len(report["layers"])
+    assert report["proof"]["max_abs"] <= 1e-3
     assert torch.isfinite(model(torch.arange(2, 12)[None]).logits).all()
+    modules = packed(model)
+    if preset == "rank80-modegpt":
+        config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+        assert not modules and report["layers"].keys() < config["slices"].keys()
+        assert report["bits_per_weight"] <= 0.8 * 32
+        return
+    assert len(modules) == len(report["layers"])
     formats = {module.spec["format"] for module in modules.values()}
     assert formats & ({"sum"} if "-lr" in preset else {"chain", "low_rank"})
     if preset == "rank80-w4":
@@ -67,16 +78,17 @@ def test_every_preset_is_proved_loaded_and_resumed(tmp_path, tiny, text, monkeyp
 def test_the_same_bytes_again_and_in_16_bits(tmp_path, tiny, text):
     for name in ("a", "b"):
         trifold.compress(tiny("llama", torch.bfloat16), "rank80", text, tmp_path / name, **SMALL)
-    one, two = contents(tmp_path / "a"), contents(tmp_path / "b")
-    assert {k: v for k, v in one.items() if k != "report.json"} == {k: v for k, v in two.items() if k != "report.json"}
+    assert without_report(tmp_path / "a") == without_report(tmp_path / "b")
 
 
 @pytest.mark.parametrize(
-    "recipe", ["rank80-svdllm", "w3-lr02", {"rank": 8}, {"rank": 8, "pivot": False}, {"keep": 0.7}]
+    "recipe", ["rank80-svdllm", "residual", {"rank": 8}, {"rank": 8, "pivot": False}, {"keep": 0.7}]
 )
 def test_the_plan_knows_the_exact_sizes(tmp_path, tiny, text, recipe):
     if isinstance(recipe, dict):
         recipe = {"steps": [{"method": "reduced_rank", "options": recipe}]}
+    elif recipe == "residual":
+        recipe = {"steps": [{"method": "residual", "options": {"lr_bits": 0.4}, "scheme": {"bits": 3}}]}
     loaded = Recipe.load(recipe).updated([])
     report = trifold.compress(tiny(), loaded, text, tmp_path / "out", **SMALL)
     planned = estimate_model(tiny(), loaded)
@@ -106,20 +118,19 @@ def test_a_budget_is_spent_and_no_more(tmp_path, tiny, text):
 
 def test_a_run_that_is_broken_off_keeps_its_division(tmp_path, tiny, text, monkeypatch):
     command = ("compress", tiny(), "-r", "rank80", "--calib", text, "--nsamples", "8", "--seqlen", "32")
-    assert trifold_cli(*command, "-o", tmp_path / "first")[0] == 0
     measured = []
     divide = pipeline.allocate_shares
-    monkeypatch.setattr(pipeline, "allocate_shares", lambda walk: measured.append(1) or divide(walk))
     with monkeypatch.context() as inner:
-        code, _, stderr = broken_off_once(inner, (*command, "-o", tmp_path / "out"))
-    assert code == 0, stderr
-    one, two = contents(tmp_path / "first"), contents(tmp_path / "out")
-    assert {k: v for k, v in one.items() if k != "report.json"} == {k: v for k, v in two.items() if k != "report.json"}
+        inner.setattr(journal.Journal, "write_block", interrupted)
+        inner.setattr(pipeline, "allocate_shares", lambda walk: measured.append(divide(walk)) or measured[0])
+        assert trifold_cli(*command, "-o", tmp_path / "out")[0] == 130
+    monkeypatch.setattr(pipeline, "allocate_shares", lambda walk: 1 / 0)
+    assert trifold_cli(*command, "-o", tmp_path / "out")[0] == 0 and len(measured) == 1
 
 
 def test_inspect_shows_ranks(tmp_path, tiny, text):
     trifold.compress(tiny(), "rank80-svdllm", text, tmp_path / "a", **SMALL)
-    recipe = Recipe.load("w3-lr02").updated(settings("-lr"))
+    recipe = Recipe.load("w3-lr02").updated(["lr_bits=1.5", "factor_bits=8"])
     trifold.compress(tiny(), recipe, text, tmp_path / "b", **SMALL)
     steps = {"steps": [{"method": "reduced_rank", "options": {"rank": 16}}]}
     trifold.compress(tiny(), steps, text, tmp_path / "c", **SMALL)
@@ -166,6 +177,7 @@ ERRORS = {
     "rank=0": ("rank80-svdllm", "keep=0.8 and rank=0 say different things"),
     "rounder=awq": ("rank80-w4", "rounder='awq' does not round weights"),
     "lr_bits=-1": ("w3-lr02", "lr_bits=-1.0 is outside 0..16"),
+    "global_lr_bits=17": ("w3-lr02", "global_lr_bits=17.0 is outside 0..16"),
     "base=awq": ("w3-lr02", "base='awq' does not decide the weights of a layer"),
     "base_options={bits: 3}": ("w3-lr02", "base_options: unknown option of gptq 'bits'"),
     "max_bytes=10": ("rank80", "global_keep=0.8 and max_bytes=10 say different things"),

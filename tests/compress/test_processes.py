@@ -1,5 +1,6 @@
 """Two processes on one compression: the same checkpoint but for the order of sums, and one message when one fails."""
 
+import json
 import os
 import socket
 import subprocess
@@ -13,11 +14,14 @@ import trifold
 from tests.helpers import contents, make_model, trifold_cli
 from trifold.compress import pipeline
 from trifold.compress.job import Options
-from trifold.compress.pipeline import prepare
+from trifold.compress.preflight import prepare
 from trifold.compress.processes import ALONE, Processes
 from trifold.compress.progress import Reporter
 from trifold.compress.recipe import Recipe
+from trifold.core.canonical import stacked
 from trifold.core.errors import CalibrationError, InputError
+from trifold.core.method import METHODS, LayerProblem
+from trifold.core.scheme import Scheme
 from trifold.core.statistics import AbsMax, AbsMean, Drift, Gram, Mean, Observation, Sample
 
 SIZES = ("--nsamples", "8", "--seqlen", "32", "--batch-size", "2")
@@ -103,6 +107,23 @@ def test_rounding_does_not_depend_on_processes(tiny, tmp_path):
     assert two.keys() == one.keys() and all(torch.equal(two[name], one[name]) for name in one)
 
 
+def test_budgets_are_divided_by_all_processes_together(tiny, tmp_path, text):
+    steps = [
+        {"method": "modegpt", "targets": ["*mlp*"], "options": {"keep": 0.6}},
+        {"method": "reduced_rank", "targets": ["*self_attn*"], "options": {"global_keep": 0.7, "multiple_of": 1}},
+    ]
+    (tmp_path / "recipe.json").write_text(json.dumps({"steps": steps}))
+    arguments = ("compress", tiny(num_hidden_layers=2), "-r", tmp_path / "recipe.json", "--calib", text, *SIZES)
+    codes, told = start("-m", "trifold", *arguments, "-o", tmp_path / "two")
+    assert codes == [0, 0], told
+    assert trifold_cli(*arguments, "-o", tmp_path / "one")[0] == 0
+    two, one = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("two", "one"))
+    assert two["quantization_config"]["slices"] == one["quantization_config"]["slices"]
+    two, one = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("two", "one"))
+    assert two["bits_per_weight"] == pytest.approx(one["bits_per_weight"], rel=0.02)
+    assert two["mean_error"] == pytest.approx(one["mean_error"], rel=0.1)
+
+
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_more_processes_than_batches(tiny, text, rank):
     recipe = Recipe.load("w4a16-gptq").updated(["nsamples=4", "seqlen=32"])
@@ -143,6 +164,26 @@ def test_statistics_of_two_processes_are_those_of_one(kind, monkeypatch):
     assert mine.tokens == merged.tokens == 15
     for name in kind.shared:
         assert torch.equal(getattr(mine, name), getattr(merged, name))
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptaq"])
+def test_rows_of_a_layer_are_decided_alone(name):
+    """So processes can share them; a scale of the whole tensor is found from all rows."""
+    torch.manual_seed(0)
+    method, scheme, x = METHODS.get(name)(), Scheme(3, 16), torch.randn(300, 48) @ torch.randn(48, 48)
+    weight, drift = torch.randn(70, 48), 0.01 * torch.randn(48, 48).double()
+    assert (
+        method.by_rows(scheme) and not method.by_rows(Scheme(3, "tensor")) and not METHODS.get("rtn")().by_rows(scheme)
+    )
+
+    def solved(rows):
+        return method.solve(LayerProblem({"": rows}, {"": scheme}, (x.T @ x).double(), drift)).canonical[""]
+
+    whole, joined = solved(weight), stacked([solved(rows) for rows in weight.tensor_split(3)])
+    assert joined.shape == whole.shape and joined.scheme == whole.scheme
+    assert (joined.codes == whole.codes).float().mean() > 0.999
+    assert torch.allclose(joined.scale.float(), whole.scale.float(), rtol=1e-3)
+    assert torch.equal(joined.zero_point, whole.zero_point)
 
 
 def test_shares():

@@ -178,7 +178,7 @@ def test_presets_of_lower_rank():
     for bits, tenths in ((4, 2), (3, 2), (2, 4), (3, 15)):
         factors = 3 if bits == 2 else 4
         assert first(f"w{bits}-lr{tenths:02d}") == (
-            Residual(lr_bits=tenths / 10, factor_bits=factors),
+            Residual(global_lr_bits=tenths / 10, factor_bits=factors),
             Scheme(bits, 128),
         )
     assert set(LOW_RANK) >= {"rank80", "rank60", "rank80-svdllm", "rank80-w4", "w4-lr02", "w3-lr02", "w2-lr04"}

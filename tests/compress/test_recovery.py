@@ -19,7 +19,9 @@ from trifold.compress.plan import make_plan
 from trifold.compress.presets import preset_names
 from trifold.compress.recipe import Recipe
 from trifold.compress.tune import divide
+from trifold.core.embedded import NAME
 from trifold.core.errors import InputError, RecipeError
+from trifold.eval import paired_difference
 
 LLAMA = {"intermediate_size": 96}
 SMALL = {"nsamples": 24, "seqlen": 32, "batch_size": 2, "verbosity": -1}
@@ -69,7 +71,8 @@ def test_any_quantised_model_and_pruned_ones(tmp_path, tiny, text, kind):
     masks = [n for n in before if n.rpartition(".")[2] in ("weight_mask", "weight_index", "weight_row_start")]
     first = [n for n in masks if ".layers.0." in n]  # those of later blocks depend on what the first one gives
     assert all(torch.equal(before[n], after[n]) for n in first) and bool(first) is (kind in ("2:4", "16 bits"))
-    assert any(not torch.equal(before[n], after[n]) for n in before)
+    entries = [layer[stage] for layer in tuned["layers"].values() for stage in ("bqpo", "e2e_oqp") if stage in layer]
+    assert any(not torch.equal(before[n], after[n]) for n in before) is any("rejected" not in e for e in entries)
 
 
 @pytest.mark.parametrize("tuners", [[BLOCKS], [WHOLE], [BLOCKS, WHOLE]], ids=["blocks", "whole", "both"])
@@ -119,6 +122,37 @@ def test_the_second_stage_learns_from_the_text_itself_if_asked(tmp_path, tiny, t
     assert 0 < losses["dense"] < 0.1 < 0.8 * math.log(vocabulary) < losses["text"]  # a divergence, and a random model's
 
 
+DISTILL = {"method": "distill"}
+ROUGH = {"method": "rtn", "scheme": {"bits": 3, "group_size": 64}}
+
+
+def test_distillation_learns_from_text_that_calibration_has_not_seen(tmp_path):
+    """On a trained model, the embedded one: a random one predicts nothing that could get better."""
+    reports, losses = {}, {}
+    for name, tuners in {"plain": [], "tuned": [DISTILL]}.items():
+        sizes = {"nsamples": 16, "seqlen": 64, "batch_size": 2, "dtype": "float32", "verbosity": -1}
+        reports[name] = trifold.compress(NAME, {"steps": [ROUGH, *tuners]}, NAME, tmp_path / name, **sizes)
+        score = trifold.evaluate(tmp_path / name, NAME, seqlen=64, max_windows=24, dtype="float32", speed=False)
+        losses[name] = score.window_losses
+    entry = next(iter(reports["tuned"]["layers"].values()))["distill"]
+    assert entry["after"] < 0.95 * entry["before"] and len(entry["gains"]) == 2
+    assert all(gain > 2 * error > 0 for gain, error in zip(entry["gains"], entry["standard_errors"], strict=True))
+    plain, tuned = stored(tmp_path / "plain"), stored(tmp_path / "tuned")
+    changed = {n.rpartition(".")[2] for n in plain if not torch.equal(plain[n], tuned[n])}
+    assert changed - {"weight"} == {"weight_scale"}
+    difference, error = paired_difference(losses["tuned"], losses["plain"])
+    assert difference < -error
+    calibration = reports["tuned"]["calibration"]
+    assert calibration["more_tokens"] == 3 * calibration["tokens"] == 3 * 16 * 64
+
+
+def test_distillation_of_a_text_that_has_no_more(tmp_path, tiny, text):
+    sizes = {**SMALL, "nsamples": 10**6}
+    report = trifold.compress(tiny("llama", **LLAMA), {"steps": [GQSA, DISTILL]}, text, tmp_path / "out", **sizes)
+    assert report["calibration"]["more_tokens"] == 0
+    assert all("distill" in layer for layer in report["layers"].values())
+
+
 def command(model, text, output, folder):
     recipe = folder / "recipe.yaml"
     recipe.write_text(json.dumps({"steps": [GQSA, BLOCKS, {"method": "e2e_oqp", "options": {"epochs": 3}}]}))
@@ -132,12 +166,16 @@ def result(folder):
 
 @pytest.mark.parametrize("moment", ["in the first stage", "in the second stage", "before the shards"])
 def test_a_run_that_is_broken_off_ends_the_same(tmp_path, tiny, text, monkeypatch, moment):
-    model = tiny("llama", **LLAMA)
+    model, kept, keep = tiny("llama", **LLAMA), [], journal.Journal.keep
+    monkeypatch.setattr(
+        journal.Journal, "keep", lambda self, name, tensors: kept.append(name) or keep(self, name, tensors)
+    )
     assert trifold_cli(*command(model, text, tmp_path / "whole", tmp_path))[0] == 0
+    monkeypatch.undo()
     owner, name, wanted = {
         "in the first stage": (journal.Journal, "write_block", 2),
-        "in the second stage": (journal.Journal, "keep", 3 + 1 + 2),  # references, logits, two epochs
-        "before the shards": (journal.Journal, "keep", 3 + 1 + 3 + 2),
+        "in the second stage": (journal.Journal, "keep", kept.index("tuning-e2e_oqp") + 2),  # two epochs
+        "before the shards": (journal.Journal, "keep", len(kept)),
     }[moment]
     original, calls = getattr(owner, name), []
 
@@ -153,9 +191,9 @@ def test_a_run_that_is_broken_off_ends_the_same(tmp_path, tiny, text, monkeypatc
     code, _, stderr = trifold_cli(*command(model, text, tmp_path / "out", tmp_path))
     assert code == 0, stderr
     if moment == "in the second stage":
-        assert "epoch 3/3" in stderr and "epoch 2/3" not in stderr
+        assert "epoch 3/3  loss" in stderr and "epoch 2/3  loss" not in stderr
     if moment == "before the shards":
-        assert "epoch" not in stderr
+        assert "e2e_oqp: epoch" not in stderr
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 
@@ -245,7 +283,7 @@ def test_what_cannot_be_tuned_is_said_in_the_plan(tmp_path, tiny, text, kind):
 
 
 @pytest.mark.parametrize("settings", [{"epochs": -1}, {"lr_scales": -1.0}, {"lr_zeros": float("nan")}])
-@pytest.mark.parametrize("tuner", ["bqpo", "e2e_oqp"])
+@pytest.mark.parametrize("tuner", ["bqpo", "e2e_oqp", "distill"])
 def test_impossible_settings(tuner, settings):
     with pytest.raises(RecipeError, match="must all be 0 or more"):
         Recipe.load({"steps": [GQSA, {"method": tuner, "options": settings}]})
@@ -255,8 +293,8 @@ def test_recovered_presets():
     names = [name for name in preset_names() if name.endswith("-recovered")]
     assert len(names) == 6
     for name in names:
-        methods = [step.method for step in Recipe.load(name).steps]
-        assert methods[1:] == (["bqpo", "e2e_oqp"] if name.startswith("w4") else ["bqpo"])
+        methods = [[step.method for step in Recipe.load(n).steps[1:]] for n in (name, f"{name}-published")]
+        assert methods == [["distill"], ["bqpo", "e2e_oqp"] if name.startswith("w4") else ["bqpo"]]
         assert not Recipe.load(name).data_free
 
 

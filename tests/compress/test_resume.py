@@ -253,6 +253,12 @@ def test_fresh_gives_the_changed_run(unfinished, tmp_path, arguments, tiny, text
 # -- damage and a failing disk -------------------------------------------------------------------------------
 
 
+def flipped(data, place):
+    changed = bytearray(data)
+    changed[place] ^= 4
+    return bytes(changed)
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [
@@ -262,10 +268,12 @@ def test_fresh_gives_the_changed_run(unfinished, tmp_path, arguments, tiny, text
         ("block-00000.safetensors", b"half"),
         ("hidden-00002.safetensors", b""),
         ("reference-00001.safetensors", b"half"),
+        ("hidden-00002.safetensors", None),
     ],
 )
 def test_damaged_journal(unfinished, tmp_path, arguments, whole, name, data):
-    (unfinished / "journal" / name).write_bytes(data)
+    path = unfinished / "journal" / name
+    path.write_bytes(flipped(path.read_bytes(), -3) if data is None else data)
     code, stdout, stderr = trifold_cli(*arguments)
     assert (code, stdout) == (4, "")
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
@@ -273,6 +281,13 @@ def test_damaged_journal(unfinished, tmp_path, arguments, whole, name, data):
     assert f"{name}: damaged" in errors[0] and "--fresh starts over" in errors[0]
     assert unfinished.is_dir() and not (tmp_path / "out").exists()
     assert trifold_cli(*arguments, "--fresh")[0] == 0
+    assert result(tmp_path / "out") == whole
+
+
+def test_a_journal_without_some_of_its_files(unfinished, tmp_path, arguments, whole):
+    (unfinished / "journal" / "reference-00001.safetensors").unlink()
+    (unfinished / "journal" / "fingerprint.json").unlink()
+    assert trifold_cli(*arguments)[0] == 0
     assert result(tmp_path / "out") == whole
 
 

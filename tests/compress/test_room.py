@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_refused_with_the_way_out(tiny, tmp_path, text, mon
     arguments = ("compress", tiny(), "-r", "w4a16-gptq", "-o", tmp_path / "out", "--calib", text)
     monkeypatch.setattr(estimate, "available_bytes", lambda: 10**7)
     code, _, stderr = trifold_cli(*arguments, "--nsamples", 2, "--seqlen", 32)
-    assert code == 4 and "of memory (stage " in stderr and "0.01 GB are free" in stderr
+    assert code == 4 and "of memory (stage " in stderr and "10.0 MB are free" in stderr
     assert "still needs" in stderr and not (tmp_path / "out.partial").exists()
     monkeypatch.setattr(estimate, "available_bytes", lambda: None)  # a system that does not tell
     assert trifold_cli(*arguments, "--nsamples", 2, "--seqlen", 32)[0] == 0

@@ -441,3 +441,16 @@ def test_batches_hold_equal_windows_in_order():
     assert stacked == [[[1, 2], [3, 4]], [[5, 6]], [[7, 8, 9]], [[1, 3]]]
     with pytest.raises(InputError, match="batch_size=0"):
         list(batches(windows, 0))
+
+
+def test_windows_are_divided_and_each_part_is_as_if_read_alone():
+    samples = [list(range(i, i + 5 + i % 2)) for i in range(2, 8)]
+    whole = windows_from_samples(samples, None, 16, 10)
+    first, rest = whole.divided(4)
+    for part, own in ((first, samples[:4]), (rest, samples[4:])):
+        alone = windows_from_samples(own, None, 16, None)
+        assert part.digest == alone.digest and part.total_tokens == alone.total_tokens
+        assert [ids.tolist() for ids in part.ids] == own
+    assert first.notices == whole.notices == ("samples: 6 window(s) instead of the 10 asked for",) and not rest.notices
+    everything, none = whole.divided(10)
+    assert everything.digest == whole.digest and none.ids == () and none.total_tokens == 0

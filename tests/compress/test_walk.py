@@ -13,7 +13,7 @@ from tests.helpers import contents, make_model, make_tokenizer, save_model, trif
 from trifold.compress import checkpoint, pipeline
 from trifold.compress.block import BlockCompressor
 from trifold.compress.job import Options
-from trifold.compress.pipeline import prepare
+from trifold.compress.preflight import prepare
 from trifold.compress.progress import Reporter
 from trifold.compress.recipe import Recipe
 from trifold.compress.walk import Walk

@@ -25,6 +25,19 @@ def test_a_static_scale_of_nothing_is_one():
     assert STATIC.static_scale(torch.zeros(5)).tolist() == [1.0]
 
 
+def test_the_full_range_by_hand():
+    full = InputScheme(full_range=True)
+    x = torch.tensor([[-255.0, 254.0, 1.0, 3.0], [255.0, 0.0, 2.0, -2.0], [0.0, 0.0, 0.0, 0.0]])
+    codes, scale = quantize_input(x, full)
+    assert scale.tolist() == [[2.0], [2.0], [1.0]]  # 255 / 127.5
+    assert codes.tolist() == [[-128, 127, 0, 2], [127, 0, 1, -1], [0, 0, 0, 0]]  # -127.5, 0.5 and 1.5 to even
+    saturated, _ = quantize_input(x, InputScheme(static=True, full_range=True), torch.tensor([1.0]))
+    assert saturated.tolist() == [[-128, 127, 1, 3], [127, 0, 2, -2], [0, 0, 0, 0]]
+    assert full.to_dict() == {"bits": 8, "full_range": True} and full.label == "a8 full range"
+    with pytest.raises(RecipeError, match="about integers"):
+        InputScheme(grid="fp8_e4m3", full_range=True)
+
+
 def test_a_static_scheme_needs_its_scale():
     with pytest.raises(ValueError, match="needs its scale"):
         quantize_input(torch.ones(1, 2), STATIC)

@@ -1,5 +1,7 @@
 """Codecs of other ecosystems: words written by hand from their layouts, both ways; refusals."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -195,6 +197,13 @@ def test_a_group_of_act_order_without_columns_is_left_out():
     assert torch.equal(found.dequantize(), expected) and len(found.parts) == 3
 
 
+@pytest.mark.parametrize("name", ["gptq_v2", "awq"])
+@pytest.mark.parametrize(("group", "written"), [(32, 32), (64, 64), (128, -1), ("channel", -1)])
+def test_a_group_as_wide_as_the_row_is_still_one(name, group, written):
+    """So that layers of other widths can have the same setting."""
+    assert CODECS.get(name).settings(sample(columns=64, group=group))["group_size"] == written
+
+
 def test_awq_by_hand():
     codes = torch.arange(8, dtype=torch.uint8)[:, None].expand(8, 2)
     weight = Quantized(codes, torch.ones(8, 1).half(), None, Scheme(4, "channel", True, "float16"))
@@ -242,7 +251,8 @@ def test_rounded_activations_go_both_ways(codec, scheme):
     assert codec.refusal(weight, torch.float16) is None
     settings, tensors = codec.settings(weight), codec.encode(weight, torch.float16)
     found = codec.decode(tensors, settings)
-    assert found.scheme == scheme and ("input_scale" in tensors) == scheme.static
+    theirs = replace(scheme, full_range=scheme.grid == "int")  # their rule for integers
+    assert found.scheme == theirs and ("input_scale" in tensors) == scheme.static
     same(inside, found.weight)
     if scheme.static:
         assert torch.equal(found.scale, weight.scale)
@@ -347,9 +357,14 @@ def layers(name, **weights):
 
 
 def test_compressed_tensors_config_names_layers_only_if_schemes_differ():
-    alike = ECOSYSTEMS["compressed-tensors"].write(layers("pack-quantized", a=sample(), b=sample()), ["lm_head"])
+    kinds = layers("pack-quantized", **{"m.0.a": sample(), "m.1.a": sample(), "head": sample()})
+    alike = ECOSYSTEMS["compressed-tensors"].write(kinds, ["lm_head"])
     (group,) = alike["config_groups"].values()
-    assert group["targets"] == ["Linear"] and alike["ignore"] == ["lm_head"] and alike["format"] == "pack-quantized"
+    assert (
+        group["targets"] == ["Linear", "head"]
+        and alike["ignore"] == ["lm_head"]
+        and alike["format"] == "pack-quantized"
+    )
     mixed = {**layers("pack-quantized", a=sample()), **layers("int-quantized", b=sample(bits=8), c=sample(bits=8))}
     found = ECOSYSTEMS["compressed-tensors"].write(mixed, [])
     assert [group["targets"] for group in found["config_groups"].values()] == [["a"], ["b", "c"]]

@@ -92,6 +92,19 @@ def test_dequantised_tiles(variant, tokens, always_dense):
 
 
 @pytest.mark.parametrize("variant", RUNNABLE)
+def test_weights_that_are_rounded_for_many_tokens(variant, always_dense):
+    """Tables, real zero-points and short groups, with tiles and tokens left over."""
+    op = compiled(variant, 4)
+    for scheme in OTHERS[:3]:
+        for group in (16, 100):
+            module = layer(other(83, 172, group, **scheme), bias=True)
+            runtime, dense = op.prepare(module.portable(), module.spec), module.dequantize()
+            for tokens in (9, 31):
+                x, bias = activations(tokens, 172, torch.bfloat16), module.bias.bfloat16()
+                assert excess(op.run(x, runtime, module.spec, bias), x, dense, bias) <= 1
+
+
+@pytest.mark.parametrize("variant", RUNNABLE)
 def test_the_same_for_any_number_of_threads(variant, monkeypatch):
     op = compiled(variant, 4)
     monkeypatch.setattr("trifold.kernels.native._WORTH", 1)

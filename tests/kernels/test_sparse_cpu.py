@@ -41,7 +41,7 @@ def never_dense(monkeypatch):
     monkeypatch.setattr(cpu, "_DENSE_FROM", {name: dict.fromkeys(DTYPES, 10**9) for name in VARIANTS})
 
 
-def check(op, weight, tokens=(1, 2, 5, 13), dtypes=DTYPES[:2]):
+def check(op, weight, tokens=(1, 2, 5, 29), dtypes=DTYPES[:2]):
     reason = op.supports(layer(weight).spec, torch.float32, CPU)
     if reason is not None and "compile" in reason:
         pytest.skip(reason)

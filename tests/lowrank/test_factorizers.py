@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+import trifold.compress.recipe  # noqa: F401  knows all methods
 from tests.sparsity.problems import correlated
 from trifold.core.allocation import allocate
 from trifold.core.canonical import Chain, Dense, LowRank, Quantized, Sum
@@ -122,6 +123,49 @@ def test_water_filling_is_never_worse_than_the_same_share_for_all(pivot):
         assert lost <= evenly and budget - 3 * 2 * 160 <= spent <= budget
 
 
+def adversarial(kind):
+    """Weights and Gram matrices for which shares of a budget are hard to find."""
+    generator = torch.Generator().manual_seed(3)
+    flat = [torch.linalg.qr(torch.randn(40, 40, generator=generator))[0] for _ in range(3)]
+    weights = [torch.randn(40, 40, generator=generator) for _ in range(3)]
+    grams = [correlated(seed, 40, 40)[1] for seed in range(3)]
+    if kind == "flat":
+        return [(w, torch.eye(40, dtype=torch.float64)) for w in flat]
+    if kind == "one dominates":
+        return [(w * scale, g * scale) for w, g, scale in zip(weights, grams, (1e4, 1.0, 1e-4), strict=True)]
+    if kind == "few directions":
+        basis = torch.randn(40, 5, generator=generator, dtype=torch.float64)
+        return [(weights[0], basis @ basis.T), *zip(weights[1:], grams[1:], strict=True)]
+    if kind == "zero columns":
+        grams[0][:30], grams[0][:, :30] = 0, 0
+        weights[1][:, ::2] = 0
+        return [*zip(weights, grams, strict=True), (torch.zeros(40, 40), grams[2])]
+    return [(weights[0][:1], grams[0]), (weights[1][:, :1], grams[1][:1, :1]), (weights[2], grams[2])]
+
+
+@pytest.mark.parametrize("kind", ["flat", "one dominates", "few directions", "zero columns", "one row, one column"])
+@pytest.mark.parametrize("pivot", [True, False])
+def test_water_filling_of_layers_that_make_it_hard(kind, pivot):
+    layers = {str(i): layer for i, layer in enumerate(adversarial(kind))}
+
+    def lost(name, method):
+        weight, gram = layers[name]
+        rank, energies = method.rank_of(tuple(weight.shape), None), Metric.of(gram).energies(weight)
+        return 0.0 if rank is None else float(energies[rank:].sum() / energies.sum().clamp(min=1e-300))
+
+    for keep in (0.3, 0.6, 0.8, 0.95):
+        even, shared = (ReducedRank(**{k: keep}, pivot=pivot, multiple_of=1) for k in ("keep", "global_keep"))
+        whole = {name: shared.full_cost(tuple(weight.shape), None) for name, (weight, _) in layers.items()}
+        curves = {name: shared.curve(weight, None, gram) for name, (weight, gram) in layers.items()}
+        shares = allocate(curves, keep * sum(whole.values()))
+        chosen = {name: shared.at(share) for name, share in shares.items()}
+        sizes = {n: stored_bytes(describe(m.sketch(tuple(layers[n][0].shape), None))) for n, m in chosen.items()}
+        evenly = {n: stored_bytes(describe(even.sketch(tuple(layers[n][0].shape), None))) for n in layers}
+        assert sum(sizes.values()) <= keep * sum(whole.values())
+        if sum(evenly.values()) <= keep * sum(whole.values()):  # a row or a column stays whole, whatever its share
+            assert sum(lost(n, m) for n, m in chosen.items()) <= sum(lost(n, even) for n in layers) + 1e-12
+
+
 def test_a_layer_whose_factors_do_not_pay_stays_whole_in_a_budget():
     generator = torch.Generator().manual_seed(0)
     flat = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0]  # all singular values alike
@@ -153,9 +197,20 @@ def test_rounded_factors_and_what_stays_whole():
     assert isinstance(solved(SVDLLM(keep=0.7), plain), LowRank)
 
 
-def test_the_error_of_a_residual_is_the_tail_of_the_error_it_mends():
+@pytest.mark.parametrize(
+    "over", [{}, {"base": "sparsegpt", "base_options": {"pattern": "2:4"}}, {"base": "gqsa"}, {"base": "rtn"}]
+)
+def test_the_error_of_a_residual_is_the_tail_of_the_error_it_mends(over):
     of, *_ = problem(5, scheme=Scheme(3, 32))
-    exact = {"lr_bits": 3.0, "factor_bits": 16, "dtype": "float32", "turns": 1, "dense_targets": 0.0, "damping": 0.0}
+    exact = {
+        **over,
+        "lr_bits": 3.0,
+        "factor_bits": 16,
+        "dtype": "float32",
+        "turns": 1,
+        "dense_targets": 0.0,
+        "damping": 0.0,
+    }
     found = solved(Residual(**exact), of)
     base, residual = found.parts
     weight, metric = of.weights["a"], Metric.of(of.gram)
@@ -163,7 +218,7 @@ def test_the_error_of_a_residual_is_the_tail_of_the_error_it_mends():
     assert isinstance(found, Sum) and rank == Residual(**exact).rank_of((96, 128))
     tail = float(metric.energies(weight - base.dequantize())[rank:].sum())
     assert metric.loss(weight - found.dequantize()) == pytest.approx(tail, rel=1e-4)
-    alone = METHODS.get("gptq")().solve(of).canonical["a"]
+    alone = METHODS.get(over.get("base", "gptq"))(**over.get("base_options", {})).solve(of).canonical["a"]
     assert torch.equal(alone.dequantize(), base.dequantize())
 
 
@@ -186,3 +241,37 @@ def test_more_turns_and_more_bits_are_never_worse_and_none_is_the_base_alone():
         assert 0 <= 8 * extra / of.weights["a"].numel() <= bits
     assert all(b < a for a, b in itertools.pairwise(errors))
     assert isinstance(solved(Residual(lr_bits=0), of), Quantized)
+
+
+def test_shared_bits_go_where_a_rank_brings_back_the_most():
+    """What rounds badly in few directions gets the ranks of what rounds well, and all together lose less."""
+    layers = {}
+    for seed in range(4):
+        weight, gram = correlated(seed, 64, 96)
+        if seed < 2:
+            generator = torch.Generator().manual_seed(seed)
+            spikes = torch.randn(64, 3, generator=generator) @ torch.randn(3, 96, generator=generator)
+            weight = weight + 3 * weight.std() * spikes * (torch.rand(64, 96, generator=generator) > 0.97)
+        layers[str(seed)] = (weight, gram)
+    scheme, exact = Scheme(3, 32), {"factor_bits": 16, "dense_targets": 0.0, "turns": 1, "damping": 0.0}
+    shared, even = Residual(global_lr_bits=2.0, **exact), Residual(lr_bits=2.0, **exact)
+    curves = {name: shared.curve(weight, scheme, gram) for name, (weight, gram) in layers.items()}
+    whole = {name: shared.full_cost(tuple(weight.shape), scheme) for name, (weight, _) in layers.items()}
+    shares = allocate(curves, (1 - shared.budget.share) * sum(whole.values()))
+    assert shared.budget.share == 1 - 2 / 16 and shared.rank_of((64, 96)) == even.rank_of((64, 96))
+    lost, spent = {}, 0
+    for kind in ("shared", "even"):
+        lost[kind] = 0.0
+        for name, (weight, gram) in layers.items():
+            method = shared.at(shares[name]) if kind == "shared" else even
+            found = method.solve(LayerProblem({"a": weight}, {"a": scheme}, gram)).canonical["a"]
+            loss = relative_error(weight, found.dequantize(), gram)
+            lost[kind] += loss
+            if kind == "shared":
+                option = next(o for o in curves[name] if o.setting == shares[name])
+                extra = stored_bytes(describe(method.sketch((64, 96), scheme))) - stored_bytes(
+                    describe(Residual(lr_bits=0).sketch((64, 96), scheme))
+                )
+                assert extra == option.cost and loss == pytest.approx(option.loss, rel=0.02, abs=1e-6)
+                spent += extra
+    assert spent <= 2.0 / 8 * 4 * 64 * 96 and lost["shared"] < lost["even"]

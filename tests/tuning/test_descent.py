@@ -4,7 +4,7 @@ import torch
 from tests.sparse_samples import sparse_weight
 from trifold.core.method import TuningProblem
 from trifold.core.scheme import Scheme
-from trifold.tuning import BQPO, E2EOQP
+from trifold.tuning import BQPO, E2EOQP, Distill, distill
 from trifold.tuning.descent import Rates, descend
 
 
@@ -32,6 +32,7 @@ def test_it_recovers_and_reports_what_it_did():
     assert found.event["before"] == pytest.approx(judged(p, p.canonical))
     assert found.event["after"] == pytest.approx(judged(p, found.canonical), rel=1e-5)
     assert found.event["after"] < 0.9 * found.event["before"] and len(notes) == 5 and "epoch 5/5" in notes[-1]
+    assert not torch.equal(found.canonical["a"].values.codes, p.canonical["a"].values.codes)
     assert torch.equal(found.canonical["a"].mask, p.canonical["a"].mask)
 
 
@@ -55,6 +56,35 @@ def test_a_gain_that_may_be_chance_is_none():
     assert torch.equal(found.canonical["a"].dequantize(), p.canonical["a"].dequantize())
     sure = descend(TuningProblem(p.canonical, mixed, p.learn, (4,)), Rates(0.1, 0.01, 0.05), 3, "bqpo")
     assert "rejected" not in sure.event and sure.event["after"] < sure.event["before"]
+
+
+def test_everything_that_is_judged_has_to_fall():
+    p = problem()
+
+    def judged(other):
+        return lambda batch, weights: [float(p.loss(batch, weights)), other * float(p.loss(batch, weights))]
+
+    def run(other):
+        more = TuningProblem(p.canonical, p.loss, p.learn, p.judge, judged(other))
+        return descend(more, Rates(0.1, 0.01, 0.05), 3, "distill")
+
+    taken, refused = run(2.0), run(-1.0)
+    assert taken.event["gains"][1] == pytest.approx(2 * taken.event["gains"][0]) and "rejected" not in taken.event
+    assert refused.event["rejected"] < refused.event["after"] == refused.event["before"]
+    assert torch.equal(refused.canonical["a"].dequantize(), p.canonical["a"].dequantize())
+
+
+@pytest.mark.parametrize("lost, share", [(1.0, 1.0), (0.16, 1.0), (0.09, 0.75), (1e-3, 0.5), (0.0, 0.5)])
+def test_distillation_is_bolder_where_more_was_lost(monkeypatch, lost, share):
+    seen = []
+    monkeypatch.setattr(distill, "descend", lambda problem, rates, epochs, stage: seen.append((rates, epochs, stage)))
+    p = problem()
+    told = TuningProblem(p.canonical, lambda *_: torch.tensor(lost), p.learn, p.judge)
+    for epochs in (1, 100):  # 4 steps and 400
+        Distill(epochs=epochs, lr_zeros=0.1).tune(told)
+    assert [(epochs, stage) for _, epochs, stage in seen] == [(1, "distill"), (100, "distill")]
+    for (rates, _, _), root in zip(seen, (8, 20), strict=True):
+        assert [rates.weights, rates.scales, rates.zeros] == pytest.approx([share * r / root for r in (0.4, 0.04, 0.1)])
 
 
 def test_slopes_that_are_none_are_left_out():

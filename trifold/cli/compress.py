@@ -40,6 +40,15 @@ from trifold.cli.output import emit, facts, json_option, level, size, with_verbo
     "of what is free]",
 )
 @click.option("--offload-activations", is_flag=True, help="Keep hidden states in a file, one batch in memory.")
+@click.option(
+    "--export-to",
+    metavar="FORMAT",
+    help="Also write the result as another engine loads it, to OUTPUT-FORMAT (see `trifold export`).",
+)
+@click.option("--engine", metavar="NAME", help="Of the export: the engine that is to run it.")
+@click.option(
+    "--push-to-hub", metavar="REPO", help="Upload the export, or without one the checkpoint, to the Hugging Face hub."
+)
 @click.option("--fresh", is_flag=True, help="Start over instead of going on with an interrupted run.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan; write nothing.")
@@ -51,6 +60,9 @@ def compress(
     output: Path,
     calib: str | None,
     settings: tuple[str, ...],
+    export_to: str | None,
+    engine: str | None,
+    push_to_hub: str | None,
     dry_run: bool,
     json_to: str | None,
     verbose: bool,
@@ -63,7 +75,10 @@ def compress(
     torchrun --nproc-per-node 2 -m trifold compress ...
     """
     from trifold.compress import checkpoint
-    from trifold.compress.pipeline import Options, prepare, run
+    from trifold.compress.deliver import Delivery
+    from trifold.compress.job import Options
+    from trifold.compress.pipeline import run
+    from trifold.compress.preflight import prepare
     from trifold.compress.progress import Reporter
     from trifold.compress.recipe import Recipe
 
@@ -72,13 +87,15 @@ def compress(
         [*settings, *(f"{name}={value}" for name, value in wanted.items() if value is not None)]
     )
     reporter, options = Reporter(level(verbose, quiet)), Options(**rest)
+    delivery = Delivery(export_to, engine, push_to_hub)
     if dry_run:
         checkpoint.check_output(output)
         job = prepare(model, chosen, calib, options, reporter)
+        delivery.check(job, output)
         layers = {name: _plan_entry(plan) for name, plan in job.plan.layers.items()}
         emit({"recipe": chosen.to_dict(), "layers": layers}, json_to, _plan_table(layers))
         return
-    _, report = run(model, chosen, calib, output, options, reporter)
+    _, report = run(model, chosen, calib, output, options, reporter, delivery=delivery)
     if not report:  # of another process than the one that writes
         return
     rows = {
@@ -90,6 +107,10 @@ def compress(
         "seconds": f"{report['seconds']:.1f}",
         "proof": ", ".join(f"{k} {v:.1e}" for k, v in report["proof"].items()),
     }
+    export = report.get("export", {})
+    rows |= {"exported to": export["output"]} if export else {}
+    pushed = report.get("pushed_to", export.get("pushed_to"))
+    rows |= {"pushed to": pushed} if pushed else {}
     emit(report, json_to, None if quiet else facts(str(output), rows))
 
 

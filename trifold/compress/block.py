@@ -21,7 +21,7 @@ from trifold.compress.plan import LayerPlan, Plan
 from trifold.compress.runner import BlockRunner
 from trifold.compress.scratch import Release, keep, spill
 from trifold.compress.slicing import slice_attention
-from trifold.core.canonical import Canonical, with_rounded_input
+from trifold.core.canonical import Canonical, Quantized, stacked, with_rounded_input
 from trifold.core.errors import CheckpointError
 from trifold.core.linears import set_weight, weight_of
 from trifold.core.method import BlockContext, BlockMethod, Bounds, LayerProblem, LayerSolution, Rewrite, Statistics
@@ -32,6 +32,7 @@ from trifold.core.statistics import AbsMax, AbsMean, Drift, Gram, Mean, Sample, 
 from trifold.core.topology import Topology
 from trifold.formats import bits_per_weight, describe, digest, rounds_input
 
+_ROWS_WORTH_SHARING = 16  # for each process: both factorise the same Gram matrix
 LayerDone = Callable[[str, dict[str, Any]], None]
 
 
@@ -49,9 +50,9 @@ class Seen:
     tokens: int = 0
 
     def divided(self, divisor: torch.Tensor) -> Seen:
-        """The same of the input divided by (in,)."""
+        """The same of the input divided by (in,); the Gram matrix in place, for two may not fit."""
         inverse = divisor.double().reciprocal()
-        gram = None if self.gram is None else self.gram * inverse * inverse[:, None]
+        gram = None if self.gram is None else self.gram.mul_(inverse).mul_(inverse[:, None])
         absmax, sample, absmean, mean = (
             None if t is None else t / divisor for t in (self.absmax, self.sample, self.absmean, self.mean)
         )
@@ -340,28 +341,49 @@ class BlockCompressor:
         processes, leaders = self.runner.processes, {name: stage[0] for stage in stages for name in stage}
         if processes.size == 1:
             return {}
-        costs = {name: self.weights[name].numel() * float(self.widths[name]) for name in leaders}
+        divided = {name for name in leaders if self._by_rows(name)}
+        rows: dict[str, LayerSolution] = {}
+        for stage in stages:
+            names = [name for name in stage if name in divided]
+            rows.update(self._solve_stage(names, seen[stage[0]], processes.rank, processes.size) if names else {})
+        parts = [processes.same(rows, owner, self.runner.device) for owner in range(processes.size if divided else 0)]
+        costs = {n: self.weights[n].numel() * float(self.widths[n]) for n in leaders if n not in divided}
         shares = processes.shares(costs)
         mine: dict[str, LayerSolution] = {}
         for stage in stages:
             names = [name for name in stage if name in shares[processes.rank]]
             mine.update(self._solve_stage(names, seen[stage[0]]) if names else {})
         owners = {name: rank for rank, names in enumerate(shares) for name in names}
-        return {name: processes.same(mine.get(name), owners[name], self.runner.device) for name in leaders}
+        whole = {name: processes.same(mine.get(name), owners[name], self.runner.device) for name in costs}
+        return whole | {name: _joined(name, [part[name] for part in parts]) for name in sorted(divided)}
 
-    def _solve_stage(self, stage: Sequence[str], seen: Seen) -> dict[str, LayerSolution]:
-        """Layers of one method are solved together."""
+    def _by_rows(self, name: str) -> bool:
+        """Whether each process solves some rows of a layer."""
+        plan = self.layer_plan(name)
+        enough = len(self.weights[name]) >= _ROWS_WORTH_SHARING * self.runner.processes.size
+        return enough and plan.method.by_rows(plan.scheme)
+
+    def _solve_stage(self, stage: Sequence[str], seen: Seen, part: int = 0, parts: int = 1) -> dict[str, LayerSolution]:
+        """Layers of one method are solved together; of several parts of their rows one."""
+
+        def rows(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.tensor_split(parts)[part]
+
+        def bounds(name: str) -> Bounds:
+            scale, zero = self.bounds[name]
+            return rows(scale), None if zero is None else rows(zero)
+
         by_method: dict[Any, list[str]] = {}
         for name in stage:
             by_method.setdefault(self.layer_plan(name).method, []).append(name)
         solutions = {}
         for method, names in by_method.items():
             problem = LayerProblem(
-                {name: self.weights[name].float() for name in names},
+                {name: rows(self.weights[name]).float() for name in names},
                 self._schemes(names),
                 seen.gram,
                 seen.drift,
-                {name: self.bounds[name] for name in names if name in self.bounds},
+                {name: bounds(name) for name in names if name in self.bounds},
                 seen.sample,
                 seen.absmean,
                 seen.mean,
@@ -393,7 +415,7 @@ class BlockCompressor:
         if any(self.prefix + name in tuned for _, _, tuned in self.plan.tuners):
             self.canonical[name], self.weights[name] = canonical, dense
         entry = {
-            "error": relative_error(dense.float(), weight, seen.gram),
+            "error": relative_error(dense.float(), weight, seen.gram) if self.runner.processes.writes else 0.0,
             "error_of": "output" if seen.gram is not None else "weight",
             "bits_per_weight": bits_per_weight(self.done.modules[self.prefix + name]),
             "seconds": round(seconds, 4),
@@ -425,6 +447,13 @@ class BlockCompressor:
         self._undo.append(
             partial(vars(module).pop, "forward") if own is None else partial(setattr, module, "forward", own)
         )
+
+
+def _joined(name: str, parts: Sequence[LayerSolution]) -> LayerSolution:
+    """A layer's decision from those about its rows, which saw the same statistics."""
+    rows = [part.canonical[name] for part in parts]
+    assert not any(part.shifts for part in parts)
+    return LayerSolution({name: stacked([r for r in rows if isinstance(r, Quantized)])}, parts[0].events)
 
 
 def _shift(module: nn.Module, shift: torch.Tensor) -> bool:

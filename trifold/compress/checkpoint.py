@@ -48,7 +48,9 @@ def _ours(partial: Path) -> bool:
     if finished_report(partial) is not None:
         return True
     begun = {"journal", "fingerprint.json.tmp"}
-    return (partial / "journal" / "fingerprint.json").exists() or all(p.name in begun for p in partial.rglob("*"))
+    journal = partial / "journal"
+    known = (journal / "fingerprint.json").exists() or any(journal.glob("block-*.safetensors"))
+    return known or all(p.name in begun for p in partial.rglob("*"))
 
 
 def finished_report(partial: Path) -> dict[str, Any] | None:

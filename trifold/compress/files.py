@@ -17,7 +17,21 @@ from trifold.core import embedded
 from trifold.core.errors import CheckpointError, InputError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
+_WEIGHT_FILES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".ckpt",
+    ".gguf",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".index.json",
+)
+_NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.gguf"]
+NO_PICKLES = "pickled weights (.bin, .pt) can run code and are never read: convert them to safetensors first"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,8 +43,9 @@ def reason(error: BaseException) -> str:
 def model_folder(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     """A local folder for a folder name, a hub id (downloaded, or from the cache when offline) or `demo`.
 
-    `demo` is the model that comes with the package, unless there is a folder of that name. Raises
-    CheckpointError if there is no such folder and the hub has no such model or cannot be reached.
+    A hub id may have a branch, tag or commit behind an @, as `revision` says it otherwise. `demo` is the model that
+    comes with the package, unless there is a folder of that name. Raises CheckpointError if there is no such folder
+    and the hub has no such model or cannot be reached.
     """
     name = os.fspath(model)
     path = Path(os.path.expanduser(name))
@@ -40,10 +55,11 @@ def model_folder(model: str | os.PathLike[str], revision: str | None = None) -> 
         return embedded.MODEL
     if os.path.exists(path) or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise CheckpointError(f"{name!r}: no such model folder (a hub id looks like 'organisation/name')")
+    repo, _, named = name.partition("@")
     from huggingface_hub import constants, snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
+        return Path(snapshot_download(repo, revision=revision or named or None, ignore_patterns=_NOT_FETCHED))
     except Exception as error:
         offline = "it is not in the cache, and HF_HUB_OFFLINE is set"
         why = offline if constants.HF_HUB_OFFLINE else reason(error)
@@ -61,7 +77,7 @@ def shard_files(folder: Path) -> dict[str, Path]:
     elif (folder / "model.safetensors").exists():
         names = ["model.safetensors"]
     else:
-        raise CheckpointError(f"{folder}: no model.safetensors; convert the model to safetensors first")
+        raise CheckpointError(f"{folder}: no model.safetensors; {NO_PICKLES}")
     files: dict[str, Path] = {}
     for name in names:
         if not (folder / name).is_file():

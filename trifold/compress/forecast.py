@@ -17,6 +17,7 @@ from typing import Any
 from trifold.compress.memory import Room, free_bytes
 from trifold.compress.plan import LayerPlan, Plan
 from trifold.core.errors import ResourceError
+from trifold.core.linears import is_transposed
 from trifold.core.statistics import AbsMax, Gram, Statistic
 from trifold.formats import Spec, stored_bytes
 
@@ -63,14 +64,17 @@ class Forecast:
 
 @dataclass(frozen=True)
 class _Block:
-    """dense, packed: bytes. stages: layers that share an input, by their plans, with the dtype of their statistics."""
+    """dense, packed: bytes. stages: layers that share an input, by their plans, with the dtype of their statistics.
+    cut: (out, in) of the linears whose dimensions become smaller."""
 
     dense: int
     packed: int
     stages: tuple[tuple[LayerPlan, ...], ...]
+    cut: tuple[tuple[int, int], ...] = ()
 
     def widest(self) -> int:
-        return max((plan.shape[1] for stage in self.stages for plan in stage), default=0)
+        solved = [plan.shape[1] for stage in self.stages for plan in stage]
+        return max((*solved, *(width for _, width in self.cut)), default=0)
 
 
 def forecast(
@@ -101,12 +105,14 @@ def forecast(
         "proof": packed_outside + max(b.packed + b.dense for b in parts) + 3 * logits + HEAP,
     }
     if plan.rewrites and text.observed:
-        stages["rewrite"] = max(_rewrite(b, plan, room) for b in parts) + kept + forward + HEAP
+        again = hidden // streams if any(method.cuts for _, method, _ in plan.rewrites) and not room.offload else 0
+        stages["rewrite"] = max(_rewrite(b, plan, room, forward) for b in parts) + kept + again + HEAP
     if any(layer.method.budget for layer in plan.layers.values()):
-        grams = [sum(_statistics(stage, text) for stage in b.stages) for b in parts]
-        stages["allocate"] = max(b.dense + g for b, g in zip(parts, grams, strict=True)) + 2 * kept + forward + HEAP
+        beside = hidden // streams
+        stages["allocate"] = max(_allocate(b, forward) for b in parts) + kept + (0 if room.offload else beside) + HEAP
     if plan.tuners:
-        stages["tune"] = max(_tune(plan, parts)) + packed_outside + kept + logits * 2
+        more = max(tuner.more_text for _, tuner, _ in plan.tuners)
+        stages["tune"] = max(_tune(plan, parts)) + packed_outside + kept + more * (hidden + calls) + logits * 2
     device = {}
     if gpu:  # what calibration touches is there; the host reads shards and writes them
         device = {name: stages[name] for name in ("capture", "observe", "solve", "pack", "tail", "proof")}
@@ -160,7 +166,7 @@ def check_disk(name: str, needed: Forecast, output: Path) -> None:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _sizes(model: Any, plan: Plan, specs: Mapping[str, Spec], blocks: str) -> tuple[list[_Block], tuple[int, int, int]]:
@@ -169,8 +175,10 @@ def _sizes(model: Any, plan: Plan, specs: Mapping[str, Spec], blocks: str) -> tu
     Experts need not be taken apart: the difference that packing makes is that of their layers.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    shares = {name: method.kept for _, method, names in plan.rewrites if method.cuts for name in names}
     dense: dict[str, int] = {}
     saved: dict[str, int] = {}
+    cut: dict[str, list[tuple[int, int]]] = {}
     largest = 0
     layers: dict[str, dict[tuple[str, int], list[LayerPlan]]] = {}
     for name, tensor in model.state_dict().items():
@@ -179,6 +187,13 @@ def _sizes(model: Any, plan: Plan, specs: Mapping[str, Spec], blocks: str) -> tu
             dense[index] = dense.get(index, 0) + tensor.nbytes
         if not index:
             largest = max(largest, tensor.nbytes)
+        linear = name.removesuffix(".weight")
+        if linear in shares:
+            rows, columns = tensor.shape
+            transposed = is_transposed(model.get_submodule(linear))
+            cut.setdefault(index, []).append((columns, rows) if transposed else (rows, columns))
+            if linear not in plan.layers:
+                saved[index] = saved.get(index, 0) + int((1 - shares[linear]) * tensor.nbytes)
     for name, layer in plan.layers.items():
         index = _index(name, blocks)
         size = math.prod(layer.shape) * model.dtype.itemsize
@@ -186,7 +201,7 @@ def _sizes(model: Any, plan: Plan, specs: Mapping[str, Spec], blocks: str) -> tu
         parent = name.rpartition(".")[0]
         layers.setdefault(index, {}).setdefault((parent, layer.shape[1]), []).append(layer)
     found = [
-        _Block(size, size - saved.get(i, 0), tuple(map(tuple, layers.get(i, {}).values())))
+        _Block(size, size - saved.get(i, 0), tuple(map(tuple, layers.get(i, {}).values())), tuple(cut.get(i, ())))
         for i, size in dense.items()
         if i
     ]
@@ -237,13 +252,32 @@ def _solve(block: _Block, text: Text, copies: int) -> int:
     return copies * block.dense + block.packed // 2 + max(map(stage, block.stages), default=0)
 
 
-def _rewrite(block: _Block, plan: Plan, room: Room) -> int:
-    """Float32 weights of the block, and what a method gathers of all its inputs at once."""
+def _allocate(block: _Block, forward: int) -> int:
+    """Gram matrices of the dense block's inputs, its weights in float32, and a pass or one layer's curve."""
+    grams = sum(Gram.nbytes(stage[0].shape[1]) for stage in block.stages)
+    layers = [layer for stage in block.stages for layer in stage]
+    curve = max((layer.method.workspace([layer.shape]) for layer in layers), default=0)
+    return block.dense + grams + sum(4 * math.prod(layer.shape) for layer in layers) + max(forward, curve)
+
+
+def _rewrite(block: _Block, plan: Plan, room: Room, forward: int) -> int:
+    """Float32 weights of the block, what a method gathers of all its inputs at once, and a pass or what it works in."""
     kinds: set[type[Statistic]] = {Gram, *(kind for _, method, _ in plan.rewrites for kind in method.gathers)}
-    together = sum(sum(kind.nbytes(stage[0].shape[1]) for kind in kinds) for stage in block.stages)
-    weights = sum(4 * math.prod(p.shape) for stage in block.stages for p in stage)
+    inputs = [stage[0].shape[1] for stage in block.stages] or _inputs(block.cut)
+    together = sum(sum(kind.nbytes(width) for kind in kinds) for width in inputs)
+    solved = sum(4 * math.prod(p.shape) for stage in block.stages for p in stage)
+    weights = 2 * solved or sum(4 * math.prod(shape) for shape in block.cut)
     largest = max((kind.nbytes(block.widest()) for kind in kinds), default=0)
-    return block.dense + 2 * weights + max(largest, min(together, int(room.for_statistics())))
+    widest = max(block.cut, key=lambda shape: shape[1], default=(0, 0))
+    working = max((method.workspace(widest) for _, method, _ in plan.rewrites), default=0)
+    held = max(largest, min(together, int(room.for_statistics())))
+    return block.dense + weights + held + max(forward, working)
+
+
+def _inputs(shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """Widths of the inputs of an attention's and an MLP's linears, those that they share once: all but the outputs'."""
+    widths = [width for _, width in shapes]
+    return [*dict.fromkeys(widths), *([widths[0]] * 2 if widths else [])]
 
 
 def _tune(plan: Plan, parts: Sequence[_Block]) -> list[int]:

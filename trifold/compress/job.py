@@ -45,18 +45,21 @@ def room_of(options: Options, folder: Path | None = None) -> Room:
 
 @dataclass
 class Job:
-    """A compression that passed its preflight."""
+    """A compression that passed its preflight. windows: of calibration. more: further text, for tuners of the model.
+    repository: what the result will be called on the hub."""
 
     source: Source
     recipe: Recipe
     plan: Plan
     windows: Windows
+    more: Windows | None
     observed: bool
     topology: Topology
     batch_size: int
     options: Options
     report: Reporter
     processes: Processes = ALONE
+    repository: str | None = None
 
     @cached_property
     def batches(self) -> list[torch.Tensor]:
@@ -64,6 +67,11 @@ class Job:
         few = replace(self.windows, ids=self.windows.ids[:PROOF_WINDOWS])
         rest = replace(self.windows, ids=self.windows.ids[PROOF_WINDOWS:])
         return [*batches(few, self.batch_size), *batches(rest, self.batch_size)]
+
+    @property
+    def more_batches(self) -> list[torch.Tensor]:
+        """Those of text that nothing has seen before the model is tuned."""
+        return [] if self.more is None else list(batches(self.more, self.batch_size))
 
     @property
     def ids(self) -> list[torch.Tensor]:

@@ -2,12 +2,13 @@
 
 It lives in OUT.partial/journal. Every finished block leaves its packed tensors, its report and the hidden
 states that enter the next block; each file is written aside, synced to disk and renamed, and the JSON comes
-last, so a block either counts whole or not at all. A journal that the disk has damaged is an error of the
-environment, and stays where it is.
+last, so a block either counts whole or not at all. Every file holds its own checksum: a journal that the disk has
+damaged is an error of the environment, never of the result, and stays where it is.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,13 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from trifold.compress.tensor_file import Entry, stored, write_tensors
+from trifold.compress.tensor_file import Entry, check_digest, stored, write_tensors
 from trifold.core.errors import InputError, ResourceError
 
 if TYPE_CHECKING:
     from trifold.compress.compressed import Compressed
+
+
+def reference(block: int) -> str:
+    """The name under which the hidden states behind a block are kept for the proof."""
+    return f"reference-{block:05d}"
 
 
 class Journal:
@@ -45,12 +50,26 @@ class Journal:
         else:
             shutil.rmtree(folder, ignore_errors=True)  # blocks of no known run
             folder.mkdir(parents=True)
-            write_synced(stamp, json.dumps(ours, indent=1, sort_keys=True).encode())
+            _write_json(stamp, ours)
         self.done = 0
-        while self._json(self.done).exists() and self._shard(self.done).exists():
+        while all(path.exists() for path in self._files(self.done)):
             self.done += 1
         while self.done and not self._hidden(self.done).exists():
             self.done -= 1  # its hidden states were never finished
+        self._check()
+
+    def _files(self, block: int) -> tuple[Path, Path, Path]:
+        return self._json(block), self._shard(block), self.folder / f"{reference(block)}.safetensors"
+
+    def _check(self) -> None:
+        """Find damage before hours of work go on behind it."""
+        for block in range(self.done):
+            noted, *tensors = self._files(block)
+            _read_json(noted)
+            for path in tensors:
+                _stored(path)
+        if self.done:
+            _stored(self._hidden(self.done))
 
     def _json(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.json"
@@ -66,7 +85,7 @@ class Journal:
     ) -> None:
         """Keep a finished block and the hidden states behind it."""
         save_synced(compressed.tensors, self._shard(block))
-        write_entries({f"{i:05d}": h for i, h in enumerate(hidden)}, self._hidden(block + 1))
+        write_entries({f"{i:05d}": h for i, h in enumerate(hidden)}, self._hidden(block + 1), digest=True)
         entry = {
             "modules": compressed.modules,
             "report": compressed.report,
@@ -74,7 +93,7 @@ class Journal:
             "slices": compressed.slices,
             "carries": carries,
         }
-        write_synced(self._json(block), json.dumps(entry, sort_keys=True).encode())
+        _write_json(self._json(block), entry)
         sync_folder(self.folder)
         self._hidden(block).unlink(missing_ok=True)
         self.done = block + 1
@@ -97,7 +116,7 @@ class Journal:
 
     def note(self, name: str, value: Any) -> None:
         """Keep a JSON value under a name."""
-        write_synced(self.folder / f"{name}.json", json.dumps(value, sort_keys=True).encode())
+        _write_json(self.folder / f"{name}.json", value)
 
     def noted(self, name: str) -> Any:
         """What `note` stored, None if it did not."""
@@ -109,14 +128,8 @@ class Journal:
         return (self.folder / f"{name}.safetensors").exists()
 
     def kept(self, name: str) -> dict[str, torch.Tensor]:
-        """What `keep` stored."""
-        return self._load(self.folder / f"{name}.safetensors")
-
-    def _load(self, path: Path) -> dict[str, torch.Tensor]:
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise _damaged(path, error) from error
+        """What `keep` stored. Raises ResourceError if the file is damaged."""
+        return {key: entry.load() for key, entry in _stored(self.folder / f"{name}.safetensors").items()}
 
     def remove(self) -> None:
         """Forget everything: the run is complete. Broken off half-way, what is left is a journal without blocks."""
@@ -141,7 +154,7 @@ class Follower:
 
     def write_block(self, block: int, hidden: Sequence[Entry]) -> None:
         """Keep the hidden states behind a block."""
-        write_entries({f"{i:05d}": h for i, h in enumerate(hidden)}, self._hidden(block + 1))
+        write_entries({f"{i:05d}": h for i, h in enumerate(hidden)}, self._hidden(block + 1), digest=True)
         self._hidden(block - 1).unlink(missing_ok=True)
 
     def hidden(self) -> Iterator[torch.Tensor]:
@@ -151,8 +164,9 @@ class Follower:
 
 def _stored(path: Path) -> dict[str, Entry]:
     try:
+        check_digest(path)
         return stored(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, ValueError, OSError) as error:
         raise _damaged(path, error) from error
 
 
@@ -161,11 +175,25 @@ def _tensors(path: Path) -> Iterator[torch.Tensor]:
         yield entry.load()
 
 
+def _write_json(path: Path, value: Any) -> None:
+    """A JSON value beside its checksum."""
+    value = json.loads(json.dumps(value))  # with the keys that it will be read with
+    digest = _digest(json.dumps(value, sort_keys=True))
+    write_synced(path, json.dumps({"sha256": digest, "value": value}, sort_keys=True).encode())
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+        found = json.loads(path.read_text())
+        if found["sha256"] != _digest(json.dumps(found["value"], sort_keys=True)):
+            raise ValueError("its checksum is another one")
+        return found["value"]
+    except (ValueError, TypeError, KeyError, OSError) as error:
         raise _damaged(path, error) from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _damaged(path: Path, error: Exception) -> ResourceError:
@@ -173,14 +201,14 @@ def _damaged(path: Path, error: Exception) -> ResourceError:
 
 
 def save_synced(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file whole or not at all."""
-    write_entries({name: Entry.of(tensor) for name, tensor in tensors.items()}, path)
+    """Write a safetensors file with its checksum, whole or not at all."""
+    write_entries({name: Entry.of(tensor) for name, tensor in tensors.items()}, path, digest=True)
 
 
-def write_entries(entries: Mapping[str, Entry], path: Path) -> None:
-    """The same of tensors that are fetched one by one."""
+def write_entries(entries: Mapping[str, Entry], path: Path, digest: bool = False) -> None:
+    """Write tensors that are fetched one by one, whole or not at all."""
     aside = path.with_name(path.name + ".tmp")
-    write_tensors(aside, entries)
+    write_tensors(aside, entries, digest)
     os.replace(aside, path)
 
 

@@ -10,6 +10,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_LARGE = 6 * 2**20  # bytes: above the slabs that are used again and again
 STATISTICS_SHARE = 0.25  # of the free memory may hold the statistics of one pass
 
 
@@ -74,6 +76,17 @@ def resident_bytes() -> int:
     """Peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def leave_the_heap() -> None:
+    """Let the C library (glibc) get large tensors from the system, and give them back when they are freed.
+
+    By itself it learns to keep up to 32 MB of each size on its heap, which small ones that stay then break into
+    pieces, more with each block.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def give_back() -> None:

@@ -2,113 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trifold.compress import checkpoint
+from trifold.compress.account import card_of, fingerprint_of, quantization_of, report_of, stamp
 from trifold.compress.allocate import allocate_shares, has_budget, with_shares
-from trifold.compress.calibration import (
-    CALIBRATION_TOKENS,
-    TOKENS_PER_BATCH,
-    Calibration,
-    default_batch_size,
-    random_windows,
-    text_windows,
-)
+from trifold.compress.calibration import Calibration
+from trifold.compress.card import NAME, front_of
 from trifold.compress.compressed import Compressed
+from trifold.compress.deliver import Delivery
 from trifold.compress.estimate import check_room
-from trifold.compress.experts import tokens_of_experts
-from trifold.compress.files import model_folder, parse_size
-from trifold.compress.folder import FolderSource
+from trifold.compress.files import parse_size
 from trifold.compress.integration.load import load, read_compressed
 from trifold.compress.integration.modules import install
 from trifold.compress.job import Job, Options, room_of
-from trifold.compress.journal import Follower, Journal
-from trifold.compress.lint import lint
-from trifold.compress.memory import resident_bytes
-from trifold.compress.plan import make_plan
-from trifold.compress.processes import ALONE, Processes, join, leave
+from trifold.compress.journal import Follower, Journal, reference
+from trifold.compress.memory import leave_the_heap
+from trifold.compress.preflight import prepare
+from trifold.compress.processes import join, leave
 from trifold.compress.progress import Reporter
 from trifold.compress.proof import prove
 from trifold.compress.recipe import Recipe
-from trifold.compress.slicing import check_known, cuts, survey
-from trifold.compress.source import LiveSource, Source
+from trifold.compress.slicing import cuts, survey
+from trifold.compress.source import LiveSource
 from trifold.compress.summary import summarise
 from trifold.compress.tensor_file import Entry
 from trifold.compress.tune import ModelTuning
 from trifold.compress.walk import Walk
-from trifold.core.errors import CalibrationError, InputError, ProofError, RecipeError
-from trifold.core.families import topology_of
-from trifold.core.native import library
-from trifold.core.version import versions
-
-
-def prepare(
-    model: Any,
-    recipe: Recipe,
-    calibration: Calibration | None,
-    options: Options,
-    report: Reporter,
-    tokenizer: Any = None,
-    processes: Processes = ALONE,
-) -> Job:
-    """Everything that can be found wrong before anything is written. Raises InputError."""
-    parse_size(options.max_shard_size, "--max-shard-size")
-    room_of(options)
-    if options.batch_size is not None and options.batch_size < 1:
-        raise InputError(f"batch_size={options.batch_size}: must be at least 1")
-    if isinstance(model, str | Path):
-        folder = model_folder(model)
-        name = folder.resolve().name if Path(model).expanduser().is_dir() else str(model)
-        source: Source = FolderSource(folder, name, options.dtype, options.trust_remote_code, _device(options.device))
-    elif options.dtype != "auto" or options.device != "auto":
-        raise InputError("dtype and device are the model's own for a live model; move or cast it before")
-    else:
-        source = LiveSource(model, tokenizer, options.inplace)
-    plan = make_plan(recipe, source.model, source.blocks)
-    if calibration is None:
-        if not recipe.data_free:
-            why = "needs calibration text"
-            if recipe.has_static_inputs:
-                why += " for its static activation scales (input.static=false finds them at run time)"
-            raise CalibrationError(f"recipe {recipe.name!r} {why}; give it with --calib FILE")
-        windows = random_windows(source.config, recipe.seed)
-    else:
-        windows = text_windows(calibration, source.tokenizer, source.config, recipe.nsamples, recipe.seqlen)
-        found = lint(windows, plan, source.tokenizer, source.name)
-        windows = replace(windows, notices=(*windows.notices, *found))
-    config = source.config.get_text_config()
-    topology = topology_of(config)
-    for notice in (*source.notices, *plan.notices, *windows.notices):
-        report.notice(notice)
-    check_known({step: method for step, method, _ in plan.rewrites}, topology.dimensions, config.model_type)
-    scaling = [step for step, method, _ in plan.rewrites if not method.cuts]
-    if scaling and not topology.folds:
-        report.notice(
-            f"{config.model_type}: no folds are known for this family, so "
-            f"{', '.join(scaling)} cannot scale anything there"
-        )
-    if processes.writes:
-        source.check_finite()
-    tokens = CALIBRATION_TOKENS.get(torch.device(source.device).type, TOKENS_PER_BATCH)
-    size = options.batch_size or default_batch_size(windows, tokens)
-    job = Job(source, recipe, plan, windows, calibration is not None, topology, size, options, report, processes)
-    if processes.size > 1 and cuts(plan):
-        raise RecipeError("dimensions are divided by one process; start this recipe without torchrun")
-    if job.observed and len(job.batches) < processes.size:
-        raise CalibrationError(
-            f"{windows.source}: {len(job.batches)} batches for {processes.size} processes; start fewer, or give "
-            "--batch-size 1"
-        )
-    return job
+from trifold.core.errors import InputError, ProofError
 
 
 def compress_to(job: Job, output: Path) -> dict[str, Any]:
@@ -129,10 +55,10 @@ def _compress_to(job: Job, output: Path) -> dict[str, Any]:
     checkpoint.check_partial(partial)
     if job.options.fresh:
         checkpoint.discard(partial)
-    fingerprint = _fingerprint(job)
+    fingerprint = fingerprint_of(job)
     with checkpoint.disk_errors(partial):
         report = checkpoint.finished_report(partial)
-        if report is not None and report["fingerprint"] == _stamp(fingerprint):
+        if report is not None and report["fingerprint"] == stamp(fingerprint):
             job.report.notice("finished before; only the rename was missing")
             job.processes.same(False)
             checkpoint.discard(partial / "journal")
@@ -160,9 +86,8 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
         if shares:
             journal.note("allocation", shares)
         if cuts(job.plan):
-            carries = journal.noted("survey") or survey(walk)
-            journal.note("survey", carries)
-            walk.carries.update(carries)
+            walk.carries.update(_surveyed(walk, journal.noted("survey")))
+            journal.note("survey", walk.carries)
         if walk.shares_state:
             journal.done = 0  # blocks read what earlier ones left in memory, so none can be skipped
         job.processes.same(journal.done)
@@ -172,7 +97,7 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
         job.report.begin(source.block_count, journal.done)
         for index in range(journal.done, source.block_count):
             result = walk.block(index)
-            journal.keep(f"reference-{index:05d}", {"hidden": walk.hidden[0]})
+            journal.keep(reference(index), {"hidden": walk.hidden[0]})
             job.processes.wait()
             journal.write_block(index, result, walk.state(), walk.carries)
         for index in range(source.block_count):
@@ -191,15 +116,17 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
 
     checkpoint.write_shards(partial, units(), parse_size(job.options.max_shard_size, "--max-shard-size"))
     source.copy_files(partial)
-    checkpoint.write_config(partial, source.config_dict() | {"dtype": job.dtype_name}, _quantization(job, everything))
+    front = front_of(partial)
+    checkpoint.write_config(partial, source.config_dict() | {"dtype": job.dtype_name}, quantization_of(job, everything))
     tail.tensors.clear()
     source.close_outside()
     job.report.notice("proving the round trip")
     proof = prove(partial, everything, journal, job.ids[0], source)
     sizes = {name: value for name, value in summarise(partial).items() if name != "layers"}
-    report = _report(job, everything, sizes, proof, time.perf_counter() - started)
-    report["fingerprint"] = _stamp(_fingerprint(job))
+    report = report_of(job, everything, sizes, proof, time.perf_counter() - started)
+    report["fingerprint"] = stamp(fingerprint_of(job))
     checkpoint.write_report(partial, report)
+    (partial / NAME).write_text(card_of(job, report, front), encoding="utf-8")
     journal.remove()
     checkpoint.publish(partial, output)
     return report
@@ -210,9 +137,15 @@ def _shares(walk: Walk, noted: Mapping[str, float] | None) -> Mapping[str, float
     job = walk.job
     if not has_budget(job.plan):
         return {}
-    shares: Mapping[str, float] = job.processes.same(noted) or allocate_shares(walk)
+    shares: Mapping[str, float] = job.processes.same(noted) or job.processes.same(allocate_shares(walk))
     job.plan = with_shares(job.plan, shares)
     return shares
+
+
+def _surveyed(walk: Walk, noted: dict[str, Any] | None) -> dict[str, Any]:
+    """How the budget of dimensions is divided. noted: what was found before the run broke off."""
+    found: dict[str, Any] = walk.job.processes.same(noted) or survey(walk)
+    return found
 
 
 def _follow(job: Job, output: Path) -> None:
@@ -224,6 +157,8 @@ def _follow(job: Job, output: Path) -> None:
         job.source.open_outside()
         with Walk(job, room_of(job.options, folder)) as walk:
             _shares(walk, None)
+            if cuts(job.plan):
+                walk.carries.update(_surveyed(walk, None))
             journal = Follower(folder, job.processes.rank, job.processes.same(None))
             if journal.done:
                 walk.resume(job.processes.same(None), journal.hidden())
@@ -268,8 +203,8 @@ def compress_live(job: Job) -> dict[str, Any]:
         job.report.end()
     for result in results:
         install(source.model, result)
-    _mark(job, checkpoint.quantization_block(_quantization(job, everything)))
-    return _report(job, everything, {}, {}, time.perf_counter() - started)
+    _mark(job, checkpoint.quantization_block(quantization_of(job, everything)))
+    return report_of(job, everything, {}, {}, time.perf_counter() - started)
 
 
 def _mark(job: Job, quantization: dict[str, Any]) -> None:
@@ -282,69 +217,6 @@ def _mark(job: Job, quantization: dict[str, Any]) -> None:
     job.source.model.is_quantized = True
 
 
-def _quantization(job: Job, everything: Compressed) -> dict[str, Any]:
-    found = {"recipe": job.recipe.to_dict(), "base_model": job.source.name, "modules": everything.modules}
-    return found | ({"slices": everything.slices} if everything.slices else {})
-
-
-def _fingerprint(job: Job) -> dict[str, Any]:
-    return {
-        "recipe": job.recipe.to_dict(),
-        "source": job.source.fingerprint(),
-        "dtype": job.dtype_name,
-        "device": str(job.source.device),
-        "calibration": job.windows.digest if job.observed else None,
-        "batch_size": job.batch_size,
-        "threads": torch.get_num_threads(),
-        "processes": job.processes.size,
-        "compiled": library("columns") is not None,
-        "max_shard_size": job.options.max_shard_size,
-        "versions": versions(),
-    }
-
-
-def _stamp(fingerprint: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-
-
-def _report(
-    job: Job, everything: Compressed, sizes: Mapping[str, Any], proof: Mapping[str, Any], seconds: float
-) -> dict[str, Any]:
-    return {
-        "recipe": job.recipe.to_dict(),
-        "base_model": job.source.name,
-        "calibration": {
-            "source": job.windows.source,
-            "digest": job.windows.digest,
-            "windows": len(job.windows.ids),
-            "seqlen": job.windows.seqlen,
-            "tokens": job.windows.total_tokens,
-            "bos": job.windows.bos,
-            "notices": list(job.windows.notices),
-        }
-        if job.observed
-        else None,
-        "seed": job.recipe.seed,
-        "batch_size": job.batch_size,
-        "dtype": job.dtype_name,
-        "versions": versions(),
-        "notices": [*job.source.notices, *job.plan.notices],
-        "layers": everything.report,
-        "tokens_of_experts": tokens_of_experts(everything.report),
-        "mean_error": sum(e["error"] for e in everything.report.values()) / len(everything.report),
-        **sizes,
-        "proof": dict(proof),
-        "seconds": round(seconds, 3),
-        "peak_memory_bytes": resident_bytes(),
-    }
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def run(
     model: Any,
     recipe: Recipe,
@@ -353,16 +225,23 @@ def run(
     options: Options,
     report: Reporter,
     tokenizer: Any = None,
+    delivery: Delivery | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Compress to a folder (returns None and the report) or into a model (returns it and the report)."""
     if output is not None:
         checkpoint.check_output(output)
+    if delivery:
+        delivery.begin(output)
+    leave_the_heap()
     processes = join()
     if not processes.writes:
         report.level = -1
     job = prepare(model, recipe, calibration, options, report, tokenizer, processes)
     if processes.size > 1:
         _check_processes(job, output)
+    if delivery and output is not None:
+        delivery.check(job, output)
+        job.repository = delivery.repository
     if isinstance(job.source, LiveSource):
         whole = [step for step, tuner, _ in job.plan.tuners if tuner.level == "model"]
         if whole and output is None:
@@ -371,6 +250,8 @@ def run(
         model.eval()
         try:
             model.trifold_report = _run_live(job, output)
+            if delivery and output is not None:
+                model.trifold_report |= delivery.finish(output, options)
             return model, model.trifold_report
         finally:
             for module in training:
@@ -380,6 +261,8 @@ def run(
             check_room(job, output)
         written = compress_to(job, output)
         leave()
+        if delivery and processes.writes:
+            written |= delivery.finish(output, options)
         return None, written
     with tempfile.TemporaryDirectory() as folder:
         written = compress_to(job, Path(folder) / "model")

@@ -4,8 +4,9 @@ N is the number of bits; 16 means left as it is. Without a grid: integers in gro
 rounded activations one symmetric scale per row. `static`: the scale of activations is found in calibration, not for
 each token at run time. `eN`: embeddings and head have N bits too.
 
-With fewer weights: `[wN-]sNN[-method][-recovered]`, such as `s50-wanda`, `w4-s50-gqsa` or `w4-s24`; NN is the
-percentage that goes, and 24 the pattern 2:4. Without `wN` what stays has 16 bits. `recovered`: then tuned by gradient.
+With fewer weights: `[wN-]sNN[-method][-recovered[-published]]`, such as `s50-wanda`, `w4-s50-gqsa` or `w4-s24`; NN is
+the percentage that goes, and 24 the pattern 2:4. Without `wN` what stays has 16 bits. `recovered`: then tuned by
+gradient, the whole model towards the dense one; `published`: block by block, then scales of the whole, as GQSA does.
 
 With lower rank: `rankNN[-method][-wN]`, such as `rank80`, `rank80-svdllm` or `rank80-w4`; NN is the percentage of bytes
 that the layers keep, `wN` the bits of their factors. `wN-lrNN`, such as `w3-lr02`: N bits, and NN tenths of a bit more
@@ -28,7 +29,8 @@ _NAME = re.compile(
 )
 
 _SPARSE = re.compile(
-    r"(?:w(?P<weight>\d+)(?:a16)?-)?s(?P<share>\d\d)(?:-(?P<method>magnitude|wanda|sparsegpt|alps|gqsa))?(?P<tuned>-recovered)?"
+    r"(?:w(?P<weight>\d+)(?:a16)?-)?s(?P<share>\d\d)(?:-(?P<method>magnitude|wanda|sparsegpt|alps|gqsa))?"
+    r"(?P<tuned>-recovered(?P<published>-published)?)?"
 )
 
 _DIMENSIONS = re.compile(r"rank(?P<share>\d\d)-modegpt(?P<published>-published)?")
@@ -131,7 +133,7 @@ def _low_rank_step(match: re.Match[str]) -> dict[str, Any]:
 
 def _residual_step(match: re.Match[str]) -> dict[str, Any]:
     bits = int(match["weight"])
-    options = {"lr_bits": int(match["tenths"]) / 10, "factor_bits": 3 if bits < 3 else 4}
+    options = {"global_lr_bits": int(match["tenths"]) / 10, "factor_bits": 3 if bits < 3 else 4}
     return {"method": "residual", "options": options, "scheme": {"bits": bits, **_WEIGHT_ONLY}}
 
 
@@ -146,12 +148,11 @@ def _sparse_steps(name: str, match: re.Match[str]) -> list[dict[str, Any]]:
     step: dict[str, Any] = {"method": method, "options": options}
     if match["weight"]:
         step["scheme"] = {"bits": int(match["weight"]), "group_size": GQSA_GROUP if method == "gqsa" else 128}
-    return [step, *(_tuners(bool(match["weight"])) if match["tuned"] else [])]
-
-
-def _tuners(rounded: bool) -> list[dict[str, Any]]:
-    """Block by block, then, of what is rounded, scales and zero-points of the whole model."""
-    return [{"method": "bqpo"}, *([{"method": "e2e_oqp"}] if rounded else [])]
+    if not match["tuned"]:
+        return [step]
+    if not match["published"]:
+        return [step, {"method": "distill"}]
+    return [step, {"method": "bqpo"}, *([{"method": "e2e_oqp"}] if match["weight"] else [])]
 
 
 def _ends(bits: int) -> dict[str, Any]:
@@ -173,7 +174,7 @@ def preset_names() -> list[str]:
     rounded = ["", "-gptq", *(f"-{method}" for method in ROUNDED_STEPS), "-fp8", "-static", "-smoothquant-static"]
     ends = ["w4a16-gptq-e8", "w4a16-gptq-e4"]
     sparse = ["s50-wanda", "s50-sparsegpt", "s24-sparsegpt", "w4-s50-gqsa", "w4-s30-gqsa", "w4-s24"]
-    sparse += [f"{name}-recovered" for name in sparse]
+    sparse += [*(f"{name}-recovered" for name in sparse), "w4-s50-gqsa-recovered-published"]
     cut = ["rank80-modegpt", "rank60-modegpt", "rank80-modegpt-published"]
     low_rank = ["rank80", "rank60", "rank80-svdllm", "rank80-w4", "w4-lr02", "w3-lr02", "w2-lr04"]
     names += ["w8a16", "w8a16-gptq", *grids, *with_gptq, *(f"w8a8{name}" for name in rounded)]

@@ -56,6 +56,14 @@ class Processes:
             statistic.tokens = int(self._reduced(torch.tensor(statistic.tokens), distributed.ReduceOp.SUM))
             statistic.settle()
 
+    def total(self, *values: float) -> list[float]:
+        """Each value summed over the processes."""
+        if self.size == 1:
+            return list(values)
+        from torch import distributed
+
+        return self._reduced(torch.tensor(values, dtype=torch.float64), distributed.ReduceOp.SUM).tolist()
+
     def _reduced(self, tensor: torch.Tensor, how: Any) -> torch.Tensor:
         from torch import distributed
 

@@ -20,7 +20,7 @@ from trifold.compress.capture import Tail, capture_calls
 from trifold.compress.compressed import Compressed
 from trifold.compress.files import shard_files
 from trifold.compress.integration.modules import replace_modules
-from trifold.compress.journal import Journal
+from trifold.compress.journal import Journal, reference
 from trifold.compress.source import Source, materialise_buffers
 from trifold.core.errors import ProofError
 from trifold.formats import digest, layout, pack, rounds_input, unpack
@@ -79,10 +79,10 @@ def prove(folder: Path, decided: Compressed, journal: Journal, ids: torch.Tensor
         written.fill(written.tensors(prefix), device)
         with torch.no_grad():
             hidden = call.run(blocks[index], hidden)
-        reference = journal.kept(f"reference-{index:05d}")["hidden"].to(device)
-        _close(f"{source.blocks}.{index}: hidden states", hidden, reference, exact)
+        wanted = journal.kept(reference(index))["hidden"].to(device)
+        _close(f"{source.blocks}.{index}: hidden states", hidden, wanted, exact)
         if not exact:  # kernels round elsewhere than the reference does, and that grows from block to block
-            hidden = reference
+            hidden = wanted
         written.empty(prefix)
     with torch.no_grad():
         logits = Tail(model, blocks, captured.arity)(hidden, ids.to(device))

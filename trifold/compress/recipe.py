@@ -102,6 +102,7 @@ class InputModel(_Strict):
     bits: StrictInt = 8
     grid: StrictStr = "int"
     static: bool = False
+    full_range: bool = False
 
     def build(self) -> InputScheme:
         return InputScheme(**self.model_dump())
@@ -231,6 +232,12 @@ class Recipe(_Strict):
     def data_free(self) -> bool:
         """True if no step needs calibration text."""
         return not self.has_static_inputs and not any(step.wants_text for step in self.steps)
+
+    @property
+    def more_text(self) -> int:
+        """So many times the windows of calibration some tuner wants in addition."""
+        methods = [step.build() for step in self.steps]
+        return max((method.more_text for method in methods if isinstance(method, Tuner)), default=0)
 
     @property
     def has_static_inputs(self) -> bool:

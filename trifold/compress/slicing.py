@@ -63,11 +63,11 @@ def survey(walk: Walk) -> dict[str, Any]:
         if any(c[index].skipped for c in calls):
             wanted = set()
         targets = {name: module for name, module in linears(block).items() if name in wanted}
-        runner = BlockRunner(block, targets, [c[index] for c in calls], hidden, walk.room.remembered, walk.release)
+        held = (walk.room.remembered, walk.release, job.processes)
+        runner = BlockRunner(block, targets, [c[index] for c in calls], hidden, *held)
         compressor = BlockCompressor(block, prefix, job.plan, runner, job.observed, job.report.layer, walk.room)
-        dimensions, why = (
-            _possible(block, job.topology.dimensions, runner, source.dtype) if wanted else (Dimensions(), [])
-        )
+        possible = _possible(block, job.topology.dimensions, runner, source.dtype) if wanted else (Dimensions(), [])
+        dimensions, why = job.processes.same(possible)
         for reason in why:
             uncut.setdefault(reason, []).append(str(index))
         contexts = [
@@ -82,8 +82,10 @@ def survey(walk: Walk) -> dict[str, Any]:
             alike, tokens = alike + float(cosine.double().sum()), tokens + cosine.numel()
             if batch:
                 hidden[batch].copy_(after)
+        alike, seen = job.processes.total(alike, tokens)
         for (step, method, _), context in zip(methods, contexts, strict=True):
-            found[step].append(method.survey(context, 1 - alike / tokens))
+            known = method.survey(context, 1 - alike / seen) if job.processes.writes else None
+            found[step].append(job.processes.same(known))
         hidden[0].copy_(after)
         source.close_block(index)
     walk.forget(hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -31,6 +32,7 @@ _NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_DIGEST, _UNKNOWN = b'"sha256":"', b"0" * 64
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,26 @@ def read_ahead(path: Path, names: Iterable[str]) -> None:
             os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
 
-def write_tensors(path: Path, entries: Mapping[str, Entry]) -> None:
-    """Write a safetensors file and sync it to disk. Wide dtypes come first, so that every tensor is aligned."""
+def check_digest(path: Path, size: int = 2**20) -> None:
+    """Raise ValueError or OSError unless the file is, to the bit, what `write_tensors` wrote with a digest."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+        text = file.read(min(int.from_bytes(head, "little"), path.stat().st_size))
+        place = text.find(_DIGEST) + len(_DIGEST)
+        found = hashlib.sha256(text[:place] + _UNKNOWN + text[place + len(_UNKNOWN) :])
+        while part := file.read(size):
+            found.update(part)
+    if found.hexdigest().encode() != text[place : place + len(_UNKNOWN)]:
+        raise ValueError("its checksum is another one")
+
+
+def write_tensors(path: Path, entries: Mapping[str, Entry], digest: bool = False) -> None:
+    """Write a safetensors file and sync it to disk. Wide dtypes come first, so that every tensor is aligned.
+
+    digest: put the SHA-256 of everything but itself and the length of the header into the metadata.
+    """
     names = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} | ({"sha256": _UNKNOWN.decode()} if digest else {})}
     offset = 0
     for name in names:
         entry = entries[name]
@@ -125,6 +143,7 @@ def write_tensors(path: Path, entries: Mapping[str, Entry]) -> None:
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    found = hashlib.sha256(text)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
@@ -133,6 +152,12 @@ def write_tensors(path: Path, entries: Mapping[str, Entry]) -> None:
             if flat.stride(0) != 1:  # torch calls a single element contiguous whatever its stride
                 flat = flat.clone(memory_format=torch.contiguous_format)
             if flat.numel():
-                file.write(flat.view(torch.uint8).numpy().data)
+                data = flat.view(torch.uint8).numpy().data
+                file.write(data)
+                if digest:
+                    found.update(data)
+        if digest:
+            file.seek(8 + text.index(_DIGEST) + len(_DIGEST))
+            file.write(found.hexdigest().encode())
         file.flush()
         os.fsync(file.fileno())

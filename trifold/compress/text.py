@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +49,14 @@ class Windows:
         """How many predictions at the end of window `index` no earlier window has made."""
         predictions = len(self.ids[index]) - 1
         return predictions if index == 0 else min(predictions, self.stride)
+
+    def divided(self, first: int) -> tuple[Windows, Windows]:
+        """The first so many windows, with the notices, and those behind them, which may be none."""
+        parts = [
+            replace(self, ids=ids, digest=_digest(ids), total_tokens=sum(map(len, ids)))
+            for ids in (self.ids[:first], self.ids[first:])
+        ]
+        return parts[0], replace(parts[1], notices=())
 
 
 def windows_from_documents(
@@ -250,15 +258,20 @@ def _finish(
     notices: Sequence[str],
     vocab_size: int | None,
 ) -> Windows:
-    digest = hashlib.sha256()
     for index, window in enumerate(ids):
         low, high = int(window.min()), int(window.max())
         if low < 0 or (vocab_size is not None and high >= vocab_size):
             bad, end = (low, "negative") if low < 0 else (high, f"outside the vocabulary of {vocab_size}")
             raise CalibrationError(f"{source}: window {index} holds id {bad}, {end}; use the model's tokenizer")
-        digest.update(len(window).to_bytes(8, "little"))
-        digest.update(window.numpy().astype("<i8").tobytes())
     if limit is not None and len(ids) < limit:
         notices = [*notices, f"{source}: {len(ids)} window(s) instead of the {limit} asked for"]
     total = sum(len(window) for window in ids)
-    return Windows(tuple(ids), seqlen, stride, bos, source, digest.hexdigest(), total, tuple(notices))
+    return Windows(tuple(ids), seqlen, stride, bos, source, _digest(ids), total, tuple(notices))
+
+
+def _digest(ids: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for window in ids:
+        digest.update(len(window).to_bytes(8, "little"))
+        digest.update(window.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

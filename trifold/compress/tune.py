@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.checkpoint import checkpoint
 
 from trifold.compress.block import BlockCompressor
-from trifold.compress.capture import Call, Tail, capture_calls
+from trifold.compress.capture import Call, Tail, capture_calls, own_state
 from trifold.compress.compressed import Compressed
 from trifold.compress.job import Job
-from trifold.compress.journal import Journal
+from trifold.compress.journal import Journal, reference
 from trifold.compress.tensor_file import Entry
 from trifold.core.canonical import Canonical
 from trifold.core.linears import is_transposed, linears, weight_of
@@ -71,9 +71,10 @@ def tune_block(
 
     learn, judge = divide(len(runner.hidden))
     note = job.report.detail
-    solution = tuner.tune(
-        TuningProblem(chosen, loss, learn, judge, job.recipe.seed, lambda text: note(f"{prefix[:-1]}  {text}"))
+    problem = TuningProblem(
+        chosen, loss, learn, judge, seed=job.recipe.seed, note=lambda text: note(f"{prefix[:-1]}  {text}")
     )
+    solution = tuner.tune(problem)
     job.report.notice(f"{prefix[:-1]}: {_told(solution.event)}")
     for name, canonical in solution.canonical.items():
         compressor.replace(name, canonical, {str(solution.event["stage"]): dict(solution.event)})
@@ -115,17 +116,24 @@ def _told(event: Mapping[str, Any]) -> str:
 class ModelTuning:
     """The whole compressed model in memory, blocks and what is outside of them, for one tuner after another.
 
-    Packed tensors come from the journal and from the tail; results take their place in `tensors`, by block.
+    Packed tensors come from the journal and from the tail; results take their place in `tensors`, by block. Batches
+    are those of calibration, then those of the text that only tuners see.
     """
 
     def __init__(self, walk: Walk, journal: Journal, everything: Compressed) -> None:
         self.walk, self.journal, self.everything = walk, journal, everything
         source = walk.job.source
         self.tensors: list[dict[str, Entry]] = [journal.block_tensors(index) for index in range(source.block_count)]
-        ids = [batch.to(source.device) for batch in walk.job.ids]
-        self.ids, self.starts = ids, []
-        for batch in ids:
-            self.starts.append(capture_calls(source.model, walk.blocks, batch).hidden.clone())
+        self.ids = [batch.to(source.device) for batch in (*walk.job.ids, *walk.job.more_batches)]
+        self.starts, self.calls = list[torch.Tensor](), list[list[Call]]()
+        for batch in self.ids:
+            captured = capture_calls(source.model, walk.blocks, batch)
+            self.starts.append(captured.hidden.clone())
+            self.calls.append(captured.calls)
+        self.calls[: len(walk.calls)] = walk.calls
+        self.dense = list(walk.dense)
+        if walk.job.plan.follows_dense:
+            self.dense += self._dense(len(walk.dense))
         self.linears: dict[int, dict[str, nn.Module]] = {}
         self.blocks = [self._open(index) for index in range(source.block_count)]
         self.tail = Tail(source.model, walk.blocks, walk.arity)
@@ -140,6 +148,17 @@ class ModelTuning:
             if name.startswith(prefix):
                 stored = {leaf: self.tensors[index][f"{name}.{leaf}"] for leaf in layout(spec)}
                 yield name, unpack({leaf: entry.load().to(device) for leaf, entry in stored.items()}, spec)
+
+    @torch.no_grad()
+    def _dense(self, first: int) -> list[torch.Tensor]:
+        """What the dense blocks make of the batches from this one on."""
+        hidden, calls = self.starts[first:], [own_state(calls) for calls in self.calls[first:]]
+        source = self.walk.job.source
+        for index in range(source.block_count if hidden else 0):
+            block = source.open_block(index)
+            hidden = [own[index].run(block, states) for own, states in zip(calls, hidden, strict=True)]
+            source.close_block(index)
+        return hidden
 
     def _open(self, index: int, dense: dict[str, torch.Tensor] | None = None) -> nn.Module:
         """The block with what is not compressed as the journal has it. dense: filled with the weights before, where
@@ -164,7 +183,7 @@ class ModelTuning:
         """Of one batch."""
         hidden = self.starts[batch]
         for index, block in enumerate(self.blocks):
-            prefix, call = self._prefix(index), self.walk.calls[batch][index]
+            prefix, call = self._prefix(index), self.calls[batch][index]
             own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
             inside = Substituted(block, self.linears[index], own)
             if torch.is_grad_enabled():
@@ -175,13 +194,24 @@ class ModelTuning:
 
     def loss(self, batch: int, weights: Weights, dense: bool) -> torch.Tensor:
         """Nats for each token: the divergence from what the dense blocks give, or those of the next one in the text."""
-        logits, ids = self.logits(batch, weights).flatten(0, 1).float(), self.ids[batch]
-        if not dense:
-            every = logits.unflatten(0, ids.shape)[:, :-1]
-            return cross_entropy(every.flatten(0, 1), ids[:, 1:].flatten())
+        logits = self.logits(batch, weights)
+        return self._divergence(batch, logits) if dense else self._next_token(batch, logits)
+
+    def judged(self, batch: int, weights: Weights, dense: bool) -> list[float]:
+        """The loss, and with it the other one: what brings a model closer to the dense one may still be worse at the
+        text, by more than there was to be gained."""
+        logits = self.logits(batch, weights)
+        losses = [self._divergence, self._next_token] if dense else [self._next_token]
+        return [float(loss(batch, logits)) for loss in losses]
+
+    def _divergence(self, batch: int, logits: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            wanted = self._behind(batch, self.walk.dense[batch]).flatten(0, 1).float().log_softmax(-1)
-        return kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+            wanted = self._behind(batch, self.dense[batch]).flatten(0, 1).float().log_softmax(-1)
+        found = logits.flatten(0, 1).float().log_softmax(-1)
+        return kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+    def _next_token(self, batch: int, logits: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(logits[:, :-1].flatten(0, 1).float(), self.ids[batch][:, 1:].flatten())
 
     def _behind(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """The logits of the last hidden states."""
@@ -197,6 +227,7 @@ class ModelTuning:
             lambda batch, weights: self.loss(batch, {**fixed, **weights}, tuner.follows_dense),
             learn,
             judge,
+            lambda batch, weights: self.judged(batch, {**fixed, **weights}, tuner.follows_dense),
             self.walk.job.recipe.seed,
             report.notice,
             lambda tensors: self.journal.keep(state, tensors),
@@ -215,7 +246,7 @@ class ModelTuning:
     @torch.no_grad()
     def finish(self) -> None:
         """Keep what the proof compares with, and note the errors of the layers, of the tuned model."""
-        hidden, source = self.starts, self.walk.job.source
+        hidden, source = self.starts[: len(self.walk.calls)], self.walk.job.source
         for index in range(source.block_count):
             prefix, dense = self._prefix(index), dict[str, torch.Tensor]()
             source.close_block(index)
@@ -231,7 +262,7 @@ class ModelTuning:
                     entry["error"] = errors.found[name]
                 elif "e2e_oqp" in entry:
                     entry["error_of"] += " before e2e_oqp"
-            self.journal.keep(f"reference-{index:05d}", {"hidden": hidden[0]})
+            self.journal.keep(reference(index), {"hidden": hidden[0]})
             source.close_block(index)
         self.journal.keep("reference-logits", {"logits": self._behind(0, hidden[0])})
 

@@ -8,6 +8,7 @@ weight it stands for, and `dequantize()` gives that weight in float32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -92,12 +93,22 @@ class Quantized(Canonical):
 
     def dequantize(self) -> torch.Tensor:
         width = self.scheme.group_width(self.shape[1])
-        scale = expand_groups(self.scale.float(), self.shape, width)
-        if self.scheme.table is not None:
-            return self.scheme.table.decode(self.codes) * scale
-        if self.zero_point is None:
-            return (self.codes.float() - self.scheme.midpoint) * scale
-        return (self.codes.float() - expand_groups(self.zero_point.float(), self.shape, width)) * scale
+        table, zero = self.scheme.table, self.zero_point
+        values = self.codes.float() if table is None else table.decode(self.codes)
+        if zero is not None:
+            values -= expand_groups(zero.float(), self.shape, width)
+        elif table is None:
+            values -= self.scheme.midpoint
+        values *= expand_groups(self.scale.float(), self.shape, width)
+        return values
+
+
+def stacked(parts: Sequence[Quantized]) -> Quantized:
+    """Rows of several weights below each other, of one scheme with scales for each row."""
+    scale = torch.cat([part.scale for part in parts])
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
+    codes = torch.cat([part.codes for part in parts])
+    return Quantized(codes, scale, torch.cat(zeros) if zeros else None, parts[0].scheme)
 
 
 @dataclass(frozen=True, eq=False)

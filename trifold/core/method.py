@@ -211,6 +211,10 @@ class LayerMethod(Method, ABC):
         """What a layer would lose at each share, where that is known without trying. weight: (out, in) float32."""
         return None
 
+    def by_rows(self, scheme: Scheme | None) -> bool:
+        """Whether it makes `Quantized` rows, each without a look at the others, so that processes can share them."""
+        return False
+
     @abstractmethod
     def solve(self, problem: LayerProblem) -> LayerSolution:
         """Pure: same problem, same solution."""
@@ -246,6 +250,11 @@ class BlockMethod(Method, ABC):
         """Share of the weights that is left of the linears it is given."""
         return 1.0
 
+    def workspace(self, shape: tuple[int, int]) -> int:
+        """About how many bytes a cut needs, beside what a block's context holds, for the linear (out, in) with the most
+        inputs; asked of a method that cuts."""
+        return 0
+
     def survey(self, context: BlockContext, influence: float) -> Any:
         """What the division of a budget wants to know of a dense block, as JSON; asked of a method that cuts.
 
@@ -268,14 +277,16 @@ class TuningProblem:
 
     canonical: linear name -> what was decided. loss(batch, weights): the scalar loss of one batch with these
     weights, name -> a function that gives (out, in) float32; it may be called again in the backward pass. learn,
-    judge: numbers of the batches to learn from and to choose by. seed: of the order of batches. note: shown as
-    progress. keep, kept: state for a run that is broken off; None where it is not worth keeping.
+    judge: numbers of the batches to learn from and to choose by. judged(batch, weights): what has to fall on the
+    latter, every number of it, the loss first; by default the loss alone. seed: of the order of batches. note: shown
+    as progress. keep, kept: state for a run that is broken off; None where it is not worth keeping.
     """
 
     canonical: Mapping[str, Canonical]
     loss: Callable[[int, Mapping[str, Callable[[], torch.Tensor]]], torch.Tensor]
     learn: Sequence[int]
     judge: Sequence[int]
+    judged: Callable[[int, Mapping[str, Callable[[], torch.Tensor]]], Sequence[float]] | None = None
     seed: int = 0
     note: Callable[[str], None] = lambda message: None
     keep: Callable[[Mapping[str, torch.Tensor]], None] = lambda state: None
@@ -300,6 +311,11 @@ class Tuner(Method, ABC):
     def follows_dense(self) -> bool:
         """Whether it compares with the dense model, whose hidden states are then kept, too."""
         return True
+
+    @property
+    def more_text(self) -> int:
+        """So many times the windows of calibration it wants in addition, which nothing before it has seen."""
+        return 0
 
     def check(self, scheme: Scheme | None) -> None:
         """Raises RecipeError, which need not name the layer, if a layer of this scheme has nothing to tune."""

@@ -19,6 +19,7 @@ Decision = Callable[[int, torch.Tensor], torch.Tensor]
 DAMPING_GROWTH = 10.0
 DAMPING_TRIES = 6
 _ROWS = 256  # of a matrix that are converted at once
+_COLUMNS = 1024  # of a product that are summed up at once
 
 
 class NotFiniteError(ValueError):
@@ -181,10 +182,16 @@ def _fix(start: int, current: torch.Tensor, errors: torch.Tensor, factor: torch.
 
 
 def quadratic_loss(difference: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """tr(D H Dᵀ), a float64 scalar. difference: (out, in), whose dtype the products have; gram: (in, in)."""
+    """tr(D H Dᵀ), a float64 scalar. difference: (out, in), whose dtype the products have; gram: (in, in), symmetric.
+
+    Some columns at a time, for neither H in another dtype nor D H has to be in memory as a whole.
+    """
     size = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    product = difference @ _divided(gram, size, difference.dtype)
-    return (product * difference).sum(dtype=torch.float64) * size
+    loss = torch.zeros((), dtype=torch.float64, device=gram.device)
+    for rows, part in zip(gram.split(_COLUMNS), difference.split(_COLUMNS, dim=1), strict=True):
+        product = difference @ _divided(rows, size, difference.dtype).T
+        loss += product.mul_(part).sum(dtype=torch.float64)
+    return loss * size
 
 
 def relative_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.Tensor | None) -> float:

@@ -6,6 +6,8 @@ q_K = H_KK⁻¹ (w H)_K. No order of columns, no approximation; SparseGPT's one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 _SYSTEM_ELEMENTS = 2**25  # of the linear systems that are held at once
@@ -62,7 +64,17 @@ def toward_dense(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tenso
     arXiv 2504.02692, take a quarter of it. Where it cannot be computed the weight stays.
     """
     factor, info = torch.linalg.cholesky_ex(hessian)
-    if info != 0 or not torch.isfinite(drift).all():
+    if info != 0 or not torch.isfinite(drift.sum()):
         return weight
-    correction = strength * torch.cholesky_solve(drift.T, factor).T
-    return weight + (weight.double() @ correction).to(weight.dtype)
+    missing = weight.double() @ drift  # first: (out, in), where D H⁻¹ would be (in, in)
+    return weight + torch.cholesky_solve(missing.T, factor).T.mul_(strength).to(weight.dtype)
+
+
+def aiming(shapes: Sequence[tuple[int, int]], damping: float, strength: float, then: int) -> int:
+    """Bytes for a damped Gram matrix, and weights (out, in) that are aimed at dense targets in it one after the other,
+    before `then` bytes are needed for what is done with each."""
+    width, largest = shapes[0][1], max(out for out, _ in shapes) * shapes[0][1]
+    gram = 8 * width**2
+    if not strength:
+        return bool(damping) * gram + then
+    return bool(damping) * gram + max(gram + 24 * largest, 4 * largest + then)

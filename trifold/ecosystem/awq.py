@@ -25,7 +25,7 @@ from trifold.ecosystem.base import (
     Settings,
     Tensors,
     by_row,
-    group_of,
+    group_size,
     inexact,
     not_integers,
     quantized,
@@ -55,8 +55,7 @@ class AwqCodec(Codec):
         return inexact(found.scale, torch.float16)
 
     def settings(self, weight: Canonical) -> Settings:
-        group = group_of(quantized(weight))
-        return {"bits": _BITS, "group_size": -1 if group is None else group}
+        return {"bits": _BITS, "group_size": group_size(quantized(weight))}
 
     def encode(self, weight: Canonical, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         found = quantized(weight)

@@ -154,6 +154,12 @@ def group_of(weight: Quantized) -> int | None:
     return None if width == columns else width
 
 
+def group_size(weight: Quantized) -> int:
+    """The group size as GPTQ and AWQ write it: -1 for one scale a row, unless it is a group as wide as the row."""
+    size = weight.scheme.group_size
+    return size if isinstance(size, int) and size <= weight.shape[1] else -1
+
+
 def scale_name(dtype: torch.dtype) -> ScaleDtype:
     """Name of a dtype of scales. Raises KeyError for another."""
     return cast(ScaleDtype, _SCALE_NAMES[dtype])

@@ -31,14 +31,16 @@ class CompressedTensors(Ecosystem):
     def write(
         self, layers: Mapping[str, tuple[Codec, Settings]], dense: Collection[str], routers: Collection[str] = ()
     ) -> dict[str, Any]:
-        """One scheme for all is that of the class `Linear`, without what stays dense; of several each names its
-        layers, since loaders differ in which group they prefer."""
+        """One scheme for all is that of the class `Linear`, without what stays dense, and what lies outside the blocks
+        by name, since a head is no linear layer for vLLM; of several each names its layers, since loaders differ in
+        which group they prefer."""
         members: dict[str, list[str]] = defaultdict(list)
         for name, (_, settings) in layers.items():
             members[json.dumps(settings, sort_keys=True)].append(name)
         groups = {}
         for number, (scheme, names) in enumerate(members.items()):
-            targets = ["Linear"] if len(members) == 1 else names
+            outside = [name for name in names if not re.search(r"\.\d+\.", name)]
+            targets = ["Linear", *outside] if len(members) == 1 else names
             groups[f"group_{number}"] = {**json.loads(scheme), "targets": targets}
         formats = {group["format"] for group in groups.values()}
         return {

@@ -84,5 +84,6 @@ def with_input(weight: Canonical, tensors: Mapping[str, torch.Tensor], settings:
         raise InputError(f"activations of {said} are not run; known: dynamic by token, static by tensor, symmetric")
     if not isinstance(weight, Quantized):
         raise InputError("act-order and rounded activations together are not run")
-    scheme = InputScheme(args.get("num_bits", 8), "int" if kind == "int" else "fp8_e4m3", not dynamic)
+    integers = kind == "int"
+    scheme = InputScheme(args.get("num_bits", 8), "int" if integers else "fp8_e4m3", not dynamic, full_range=integers)
     return RoundedInput(weight, scheme, tensors[INPUT_SCALE].reshape(1).float() if scheme.static else None)

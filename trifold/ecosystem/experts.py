@@ -59,6 +59,15 @@ def is_expert(name: str) -> bool:
     return _OURS.fullmatch(name) is not None
 
 
+def stack_names(name: str) -> list[str]:
+    """Where the experts of a block lie side by side, in what a layer of ours is a part of; else only its name."""
+    found = _OURS.fullmatch(name)
+    if found is None:
+        return [name]
+    leaves = [PLAIN.gate, PLAIN.up] if found["leaf"] == "up" else [PLAIN.down]
+    return [f"{found['block']}.mlp.experts.{leaf}" for leaf in leaves]
+
+
 def parted(weight: Canonical, count: int) -> list[Canonical]:
     """A weight's rows in equal parts; a weight of another kind than those that are exported stays whole."""
     match weight:

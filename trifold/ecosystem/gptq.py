@@ -26,7 +26,7 @@ from trifold.ecosystem.base import (
     Settings,
     Tensors,
     by_row,
-    group_of,
+    group_size,
     inexact,
     not_integers,
     quantized,
@@ -64,10 +64,9 @@ class GptqCodec(Codec):
 
     def settings(self, weight: Canonical) -> Settings:
         found = quantized(weight)
-        group = group_of(found)
         return {
             "bits": found.scheme.bits,
-            "group_size": -1 if group is None else group,
+            "group_size": group_size(found),
             "sym": found.scheme.symmetric,
             "checkpoint_format": self.name,
         }

@@ -5,6 +5,7 @@ from trifold.kernels.op import Op
 from trifold.kernels.packed_embedding import PackedEmbedding
 from trifold.kernels.packed_experts import PackedExperts, is_stacked, unstack
 from trifold.kernels.packed_linear import PackedLinear
+from trifold.kernels.shared_input import SharedInput
 from trifold.kernels.storage import PackedModule
 from trifold.kernels.tied_linear import TiedLinear
 
@@ -16,6 +17,7 @@ __all__ = [
     "PackedExperts",
     "PackedLinear",
     "PackedModule",
+    "SharedInput",
     "TiedLinear",
     "explain",
     "is_stacked",

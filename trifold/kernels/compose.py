@@ -36,7 +36,7 @@ class Split(Composition):
 
     def restore(self, tensors: Tensors, spec: Spec) -> Tensors:
         order = tensors["order"]
-        widths = torch.tensor(self._widths(spec), device=order.device)
+        widths = torch.tensor(heights(spec), device=order.device)
         numbers = torch.arange(len(widths), device=order.device).repeat_interleave(widths)
         index = numbers[order] if spec["axis"] == 0 else torch.empty_like(numbers).index_copy_(0, order, numbers)
         return {"weight": pack_index(index, spec)}
@@ -44,17 +44,18 @@ class Split(Composition):
     def combine(self, x: torch.Tensor, tensors: Tensors, spec: Spec, parts: Sequence[Product]) -> torch.Tensor:
         if "places" in tensors and not (torch.is_grad_enabled() and x.requires_grad):
             return self._joined([part(x) for part in parts], tensors["places"], spec)
-        return split_product(x, spec["axis"], tensors["order"], self._widths(spec), parts)
+        return split_product(x, spec["axis"], tensors["order"], heights(spec), parts)
 
     def _joined(self, outputs: Sequence[torch.Tensor], places: torch.Tensor, spec: Spec) -> torch.Tensor:
         y = outputs[0].new_empty(outputs[0].shape[0], spec["shape"][0])
-        for output, own in zip(outputs, places.split(self._widths(spec)), strict=True):
+        for output, own in zip(outputs, places.split(heights(spec)), strict=True):
             place(output, own, y)
         return y
 
-    @staticmethod
-    def _widths(spec: Spec) -> list[int]:
-        return [part["shape"][spec["axis"]] for part in spec["parts"]]
+
+def heights(spec: Spec) -> list[int]:
+    """Rows, or columns, of the parts of a split."""
+    return [part["shape"][spec["axis"]] for part in spec["parts"]]
 
 
 class Sum(Composition):

@@ -16,6 +16,7 @@ from trifold.core.errors import InputError, unknown_name
 from trifold.formats.base import Spec, label
 from trifold.kernels.experts.op import ExpertsOp
 from trifold.kernels.experts.planes import PlaneExperts
+from trifold.kernels.native import VARIANTS
 from trifold.kernels.op import Op
 from trifold.kernels.rounded_input import blockwise as rounded_blockwise
 from trifold.kernels.rounded_input import cpu_int8, torch_fp8, torch_int8, triton_fp8, triton_int8
@@ -25,7 +26,7 @@ from trifold.kernels.sparse import naive as sparse_naive
 from trifold.kernels.sparse.gpu import bitmap as gpu_bitmap
 from trifold.kernels.sparse.gpu import groups as gpu_groups
 from trifold.kernels.sparse.library import VARIANTS as SPARSE_VARIANTS
-from trifold.kernels.weight_only import blockwise, cpu, dense, naive, onednn, torch_int4
+from trifold.kernels.weight_only import blockwise, cpu, dense, halves, naive, torch_int4
 from trifold.kernels.weight_only import torch_int8 as weight_int8
 from trifold.kernels.weight_only.planes import op as planes
 
@@ -59,7 +60,7 @@ TABLE: tuple[Row, ...] = (
     Row(("group_sparse_int",), "as it is", "cuda", None, gpu_groups.TritonGroups()),
     Row(("sparse24",), "as it is", "cuda", None, torch24.TorchSparse24()),
     Row(_BITMAPS, "as it is", "cuda", None, gpu_bitmap.TritonBitmap()),
-    Row(("dense", "low_rank"), "as it is", "cpu", torch.bfloat16, onednn.OneDNN()),
+    *(Row(("dense", "low_rank"), "as it is", "cpu", None, halves.Halves(name)) for name in VARIANTS),
     Row(("dense",), "as it is", None, None, dense.Dense()),
     Row(("low_rank",), "as it is", None, None, dense.LowRank()),
     Row(("identity",), "as it is", None, None, dense.Identity()),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -14,8 +15,11 @@ from trifold.formats.base import Spec
 from trifold.kernels.compose import COMPOSITIONS
 from trifold.kernels.dispatch import Choice, explain, resolve
 from trifold.kernels.low_rank.fused import fused
+from trifold.kernels.native.stages import bind
 from trifold.kernels.op import Op
 from trifold.kernels.rows import row_blocks
+from trifold.kernels.shared_input import SharedInput
+from trifold.kernels.staged import Staged, staged
 from trifold.kernels.storage import PackedModule
 
 
@@ -26,7 +30,11 @@ class PackedLinear(PackedModule):
     are rounded first. A weight made of `parts` runs each of them with an op of its own. bias_dtype: of the bias,
     a parameter without gradient. The tensors are empty, on the default device, until they are loaded. No dense
     copy of the weight is ever kept.
+
+    beside: what computes it together with others that are given the same tensor; None if there are none.
     """
+
+    beside: SharedInput | None = None
 
     def __init__(self, spec: Spec, bias: bool, bias_dtype: torch.dtype) -> None:
         super().__init__(spec)
@@ -36,6 +44,7 @@ class PackedLinear(PackedModule):
         self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
         self._ops: dict[tuple[torch.dtype, torch.device], Op] = {}
         self._products: list[Product] | None = None  # with the parts, once they were needed
+        self._stages: dict[torch.dtype, tuple[Staged, Any] | None] = {}
 
     def _part(self, spec: Spec) -> PackedLinear:
         return PackedLinear(spec, False, torch.get_default_dtype())
@@ -45,6 +54,9 @@ class PackedLinear(PackedModule):
 
         Raises ValueError if x has another number of features, TypeError if it is not floating point.
         """
+        beside = self.beside
+        if beside is not None and not torch.compiler.is_compiling() and (y := beside.output(self, x)) is not None:
+            return y
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, the layer takes {self.in_features}")
         if x.is_meta:
@@ -52,7 +64,7 @@ class PackedLinear(PackedModule):
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return PackedLinear.forward(self, x)
-        y = self.multiply(x.reshape(-1, self.in_features), self.bias)
+        y = self.multiply(x.reshape(-1, self.in_features), self._parameters["bias"])
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -65,9 +77,12 @@ class PackedLinear(PackedModule):
     def _composed(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if not x.shape[0]:
             return x.new_empty(0, self.out_features)
-        together = fused(self, x, bias)
-        if together is not None:
-            return together
+        if not (torch.is_grad_enabled() and bias is not None and bias.requires_grad):
+            y = fused(self, x, bias)
+            if y is None:
+                y = self._in_stages(x, bias)
+            if y is not None:
+                return y
         composition = COMPOSITIONS[self.spec["format"]]
         if self._products is None:
             parts: Any = self.parts
@@ -76,11 +91,43 @@ class PackedLinear(PackedModule):
         y = composition.combine(x, tensors, self.spec, self._products)
         return y if bias is None else y + bias.to(y.dtype)
 
+    def stages(self, dtype: torch.dtype) -> Staged | None:
+        """The layer as products in two stages, for activations of `dtype` on a CPU; None if it cannot be that."""
+        found = self._staged(dtype)
+        return None if found is None else found[0]
+
+    def _staged(self, dtype: torch.dtype) -> tuple[Staged, Any] | None:
+        """The same, and the call."""
+        found = self._stages.get(dtype)
+        if dtype not in self._stages or not (found is None or found[0].holds()):
+            made = staged(self, dtype)
+            found = self._stages[dtype] = None if made is None else (made, bind([made.layer], made.variant))
+        return found
+
+    def _in_stages(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """multiply, of a weight made of parts, if it can be done that way."""
+        if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad):
+            return None
+        plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
+        found = self._staged(x.dtype) if plain else self._stages.get(x.dtype)
+        if found is None or x.shape[0] > found[0].most or not (plain or found[0].holds()):
+            return None
+        bias = None if bias is None else bias.to(x.dtype)
+        if plain:
+            y: torch.Tensor = found[1](x.contiguous(), [None if bias is None else bias.contiguous()])[0]
+            return y
+        layer = found[0].layer
+        compiled: torch.Tensor = torch.ops.trifold.staged_linear(x, bias, layer.tensors, layer.layout, found[0].variant)
+        return compiled
+
     def op(self, x: torch.Tensor) -> Op:
         """What runs activations of x's dtype on its device."""
-        key = (x.dtype, x.device)
+        return self.op_for(x.dtype, x.device)
+
+    def op_for(self, dtype: torch.dtype, device: torch.device) -> Op:
+        key = (dtype, device)
         if key not in self._ops:
-            self._ops[key] = resolve(self.spec, x.dtype, x.device)
+            self._ops[key] = resolve(self.spec, dtype, device)
         return self._ops[key]
 
     def choice(self, dtype: torch.dtype, device: torch.device | str) -> Choice:
@@ -111,8 +158,12 @@ class PackedLinear(PackedModule):
             total += grad[:, start:stop] @ op.rows(tensors, self.spec, start, stop, grad.dtype)
         return total.to(grad.dtype)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        self._stages = {}
+        return super()._apply(fn, recurse)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_ops": {}, "_products": None}
+        return {**super().__getstate__(), "_ops": {}, "_products": None, "_stages": {}}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.bias is not None}"

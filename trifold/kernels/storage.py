@@ -99,6 +99,10 @@ class PackedModule(nn.Module):
         """The tensors that `op` runs on; if it has a layout of its own, they replace the portable ones."""
         return self._tensors_for(op)
 
+    def holding(self, tensors: Tensors) -> bool:
+        """Whether `tensors` are those that `hold` returned, and were not given up for the portable ones since."""
+        return self._runtime is tensors
+
     def share(self, tensors: Tensors, owner: object) -> None:
         """Go on with `tensors`, the same as those held, which `owner` made views of something larger."""
         with _SWITCH:

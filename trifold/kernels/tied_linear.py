@@ -34,10 +34,10 @@ class TiedLinear(PackedLinear):
     def canonical(self) -> Canonical:
         return self.__dict__["_table"].canonical()
 
-    def _op(self, x: torch.Tensor) -> Op:
-        key = (x.dtype, x.device)
+    def op_for(self, dtype: torch.dtype, device: torch.device) -> Op:
+        key = (dtype, device)
         if key not in self._ops:
-            self._ops[key] = resolve(self.spec, x.dtype, x.device, in_place=True)
+            self._ops[key] = resolve(self.spec, dtype, device, in_place=True)
         return self._ops[key]
 
     def _tensors_for(self, op: Runtime) -> Tensors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -153,6 +154,9 @@ class Factorizer(LayerMethod):
     def refits(self) -> bool:
         """Whether the left factor is solved again on what the stored right one gives."""
         return False
+
+    def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
+        return max(map(Metric.workspace, shapes))
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
         metric = self.metric(problem)

@@ -28,7 +28,7 @@ class Metric:
     def of(cls, gram: torch.Tensor, damping: float = 0.0) -> Metric:
         """gram: (in, in). damping: multiple of mean(diag H) that is added to the diagonal; features that were never
         different from zero then count like the others. Raises NotFiniteError if it holds NaN or infinity."""
-        if not bool(torch.isfinite(gram).all()):
+        if not bool(torch.isfinite(gram.sum())):  # all() would make copies
             raise NotFiniteError("the Gram matrix of the inputs is not finite")
         return cls(damped(gram, damping) if damping else gram.double())
 
@@ -47,6 +47,14 @@ class Metric:
     def diagonal(cls, importance: torch.Tensor) -> Metric:
         """importance: (in,), by which the squared error of each input feature counts."""
         return cls(torch.diag(importance.double()))
+
+    @staticmethod
+    def workspace(shape: tuple[int, int]) -> int:
+        """Bytes that the eigenvectors for a weight (out, in) take, and fitting factors to them."""
+        out, width = shape
+        least = 8 * min(shape) ** 2
+        root = 8 * width**2 if out > width else 0
+        return root + max(8 * out * width + 4 * least, 5 * 8 * out * width)
 
     @cached_property
     def root(self) -> torch.Tensor:

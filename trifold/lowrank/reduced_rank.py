@@ -7,6 +7,7 @@ to W* in the metric X Xᵀ. So errors of the layers before are made good, as far
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ import torch
 
 from trifold.core.errors import RecipeError
 from trifold.core.method import METHODS, LayerProblem
-from trifold.core.refit import toward_dense
+from trifold.core.refit import aiming, toward_dense
 from trifold.core.statistics import Drift, Gram, Statistic
 from trifold.lowrank.factorizer import Factorizer, check_damping
 from trifold.lowrank.metric import Metric
@@ -46,6 +47,9 @@ class ReducedRank(Factorizer):
     @property
     def refits(self) -> bool:
         return self.refit
+
+    def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
+        return aiming(shapes, self.damping, self.dense_targets, super().workspace(shapes))
 
     def metric(self, problem: LayerProblem) -> Metric:
         assert problem.gram is not None

@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from trifold.core.allocation import Option
 from trifold.core.canonical import Canonical, Sum
 from trifold.core.errors import RecipeError, unknown_name
-from trifold.core.method import METHODS, LayerMethod, LayerProblem, LayerSolution
+from trifold.core.method import METHODS, Budget, LayerMethod, LayerProblem, LayerSolution
 from trifold.core.refit import toward_dense
 from trifold.core.scheme import ScaleDtype, Scheme
 from trifold.core.statistics import Drift, Gram, Statistic
@@ -27,25 +28,34 @@ from trifold.lowrank.factorizer import check_damping
 from trifold.lowrank.factors import Layout, factorise
 from trifold.lowrank.metric import Metric
 
+DEFAULT_BITS = 0.2
+_WHOLE = 16  # bits per weight that a share of a budget is of
+_POINTS = 256  # ranks at most that an allocation chooses from
+
 
 @METHODS.register("residual")
 @dataclass(frozen=True)
 class Residual(LayerMethod):
     """base, base_options: the method whose weights are corrected, which gets the step's scheme. lr_bits: bits per
-    weight of the residual, from which its rank follows. factor_bits: of a number in a factor; 16 keeps them in `dtype`.
-    factor_group: numbers that share a scale. turns: how often both are solved; 1 is EoRA. dense_targets, damping: as in
-    `reduced_rank`. multiple_of: ranks from eight times it on are divisible by it.
+    weight of each layer's residual, from which its rank follows; without any, 0.2. global_lr_bits: instead, of all
+    layers of the step together, divided among them by how much of what rounding lost a rank brings back. sensitive:
+    whether, in that, errors count by how much of them leaves the block. factor_bits: of a number in a factor; 16 keeps
+    them in `dtype`. factor_group: numbers that share a scale. turns: how often both are solved; 1 is EoRA.
+    dense_targets, damping: as in `reduced_rank`. multiple_of: ranks from eight times it on are divisible by it.
     """
 
     needs: ClassVar[tuple[type[Statistic], ...]] = (Gram, Drift)
     takes_scheme: ClassVar[Literal["always", "if given", "never"]] = "if given"
+    instead: ClassVar[Mapping[str, str]] = {"lr_bits": "global_lr_bits", "global_lr_bits": "lr_bits"}
 
     base: str = "gptq"
     base_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    lr_bits: float = 0.2
+    lr_bits: float | None = None
+    global_lr_bits: float | None = None
+    sensitive: bool = True
     factor_bits: int = 4
     factor_group: int = 128
-    turns: int = 3
+    turns: int = 5
     dense_targets: float = 0.5
     damping: float = 0.01
     multiple_of: int = 8
@@ -53,8 +63,15 @@ class Residual(LayerMethod):
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
-        if not 0 <= self.lr_bits <= 16:
-            raise RecipeError(f"lr_bits={self.lr_bits} is outside 0..16; 0.2 is usual, 0 means no residual")
+        for name in ("lr_bits", "global_lr_bits"):
+            bits = getattr(self, name)
+            if bits is not None and not 0 <= bits <= 16:
+                raise RecipeError(f"{name}={bits} is outside 0..16; {DEFAULT_BITS} is usual, 0 means no residual")
+        if self.lr_bits is not None and self.global_lr_bits is not None:
+            raise RecipeError(
+                f"lr_bits={self.lr_bits} is of each layer and global_lr_bits={self.global_lr_bits} of all of them "
+                "together; leave one of them out"
+            )
         if self.turns < 1 or self.multiple_of < 1:
             raise RecipeError(f"turns={self.turns}, multiple_of={self.multiple_of}: at least 1 and 1 are needed")
         if not 0 <= self.dense_targets <= 1:
@@ -87,18 +104,59 @@ class Residual(LayerMethod):
             raise RecipeError(f"residual over {self.base}, which rounds; give the step a `scheme`")
         base.check(shape, scheme)
 
+    @property
+    def bits(self) -> float:
+        """Bits per weight of the residuals, of each or of all together."""
+        given = self.global_lr_bits if self.lr_bits is None else self.lr_bits
+        return DEFAULT_BITS if given is None else given
+
     def rank_of(self, shape: tuple[int, int]) -> int:
-        """The largest rank whose factors take at most `lr_bits` per weight of an (out, in) weight; 0 if none does."""
-        room, layout = self.lr_bits * shape[0] * shape[1] / 8, self._layout()
+        """The largest rank whose factors take at most `bits` per weight of an (out, in) weight; 0 if none does."""
+        room = self.bits * shape[0] * shape[1] / 8
 
         def fits(rank: int) -> bool:
-            return stored_bytes(describe(layout.sketch(shape, rank))) <= room * (1 + 1e-9)
+            return self._bytes(shape, rank) <= room * (1 + 1e-9)
 
         low, high = 0, min(shape)
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        return low - low % self.multiple_of if low >= 8 * self.multiple_of else low
+        return self._even(low)
+
+    def _even(self, rank: int) -> int:
+        return rank - rank % self.multiple_of if rank >= 8 * self.multiple_of else rank
+
+    def _bytes(self, shape: tuple[int, int], rank: int) -> int:
+        return stored_bytes(describe(self._layout().sketch(shape, rank))) if rank else 0
+
+    # -- a shared budget, in bytes of residuals --------------------------------------------------------
+
+    @property
+    def budget(self) -> Budget | None:
+        shared = self.global_lr_bits
+        return None if shared is None else Budget(1 - shared / _WHOLE, "curves", sensitive=self.sensitive)
+
+    def full_cost(self, shape: tuple[int, int], scheme: Scheme | None) -> float:
+        return shape[0] * shape[1] * _WHOLE / 8
+
+    def at(self, share: float, draft: bool = False) -> Residual:
+        return dataclasses.replace(self, lr_bits=(1 - share) * _WHOLE, global_lr_bits=None)
+
+    def curve(self, weight: torch.Tensor, scheme: Scheme | None, gram: torch.Tensor) -> list[Option]:
+        """Every rank with its bytes and the share of the output's energy that is lost with it: the tail of the squared
+        singular values of what the base, alone, gets wrong."""
+        shape, metric = (weight.shape[0], weight.shape[1]), Metric.of(gram, self.damping)
+        schemes = {} if scheme is None else {"": scheme}
+        rounded = self._base().solve(LayerProblem({"": weight}, schemes, gram)).canonical[""].dequantize()
+        energies, whole = metric.energies(weight - rounded), self.full_cost(shape, scheme)
+        total = max(metric.loss(weight), torch.finfo(torch.float64).tiny)
+        tails = (energies.flip(0).cumsum(0).flip(0) / total).tolist()
+        ranks = list(dict.fromkeys(map(self._even, range(min(shape)))))
+        ranks = ranks[:: -(-len(ranks) // _POINTS)]
+        costs = [self._bytes(shape, rank) for rank in ranks]
+        return [Option(1 - cost / whole, cost, tails[rank]) for rank, cost in zip(ranks, costs, strict=True)]
+
+    # -- solving ---------------------------------------------------------------------------------------
 
     def sketch(self, shape: tuple[int, int], scheme: Scheme | None) -> Canonical:
         base, rank = self._base().sketch(shape, scheme), self.rank_of(shape)

@@ -68,6 +68,9 @@ class GPTQ(LayerMethod):
         sweeping = (4 + 4 * bool(self.refine)) * width**2 + 4 * (rows * width + 16 * at_once)
         return max(factorising, sweeping) + (16 * width**2 if Drift in self.gathers else 0)
 
+    def by_rows(self, scheme: Scheme | None) -> bool:
+        return scheme is not None and scheme.group_size != "tensor"
+
     def solve(self, problem: LayerProblem) -> LayerSolution:
         assert problem.gram is not None
         order = self._order(problem.gram)

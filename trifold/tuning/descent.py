@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import fmean as mean
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from trifold.core.method import TuningProblem, TuningSolution
 from trifold.tuning.tunable import tunable
 
 _BETAS, _EPSILON = (0.9, 0.95), 1e-12
-_TRIES, _BACK_OFF = 2, 0.2
+_TRIES, _BACK_OFF = 2, 0.3
+_SURE = 2.0  # standard errors by which what is judged has to fall
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Rates:
 
 
 def descend(problem: TuningProblem, rates: Rates, epochs: int, stage: str) -> TuningSolution:
-    """Tune what was decided; the state with the least loss on the batches to judge by wins, if it is better than the
-    first one by more than the standard error of their difference. Else the same is tried more slowly, and if that is no
-    better either, all stays as it was.
+    """Tune what was decided; the state with the least loss on the batches to judge by wins, if everything that is
+    judged is better than at first by more than two standard errors of the paired difference. Else the same is tried
+    more slowly, and if that is not surely better either, all stays as it was, bit for bit.
 
     Between epochs the state is kept, so that a run that was broken off goes on to the same result.
     """
@@ -65,23 +65,25 @@ def descend(problem: TuningProblem, rates: Rates, epochs: int, stage: str) -> Tu
                     group["lr"] = share * group["rate"] * 0.5 * (1 + math.cos(math.pi * done / steps))
                 _step(problem.loss(problem.learn[place], weights), parameters, optimiser)
             state.finish_epoch(_judged(problem, weights))
-            losses = f"loss {mean(state.last):.4e}  best {mean(state.best):.4e}  began at {mean(state.first):.4e}"
+            losses = f"loss {_mean(state.last):.4e}  best {_mean(state.best):.4e}  began at {_mean(state.first):.4e}"
             problem.note(f"{stage}: epoch {epoch + 1}/{epochs}{' slower' if state.tries else ''}  {losses}")
             problem.keep(state.tensors())
         if state.improved or state.tries == _TRIES - 1:
             break
         state.retry()
-    better = state.improved
+    better, (gains, errors) = state.improved, state.gains()
     state.restore(better)
     event = {
         "stage": stage,
         "epochs": epochs,
         "tries": state.tries + 1,
-        "before": mean(state.first),
-        "after": mean(state.best),
+        "before": _mean(state.first),
+        "after": _mean(state.best),
+        "gains": gains.tolist(),
+        "standard_errors": errors.tolist(),
     }
     if not better:
-        event |= {"after": event["before"], "rejected": mean(state.best)}
+        event |= {"after": event["before"], "rejected": event["after"]}
     return TuningSolution({name: t.canonical() for name, t in tunables.items()}, event)
 
 
@@ -96,24 +98,31 @@ def _step(loss: torch.Tensor, parameters: list[torch.nn.Parameter], optimiser: t
 
 
 @torch.no_grad()
-def _judged(problem: TuningProblem, weights: Mapping[str, Callable[[], torch.Tensor]]) -> list[float]:
-    return [float(problem.loss(batch, weights)) for batch in problem.judge]
+def _judged(problem: TuningProblem, weights: Mapping[str, Callable[[], torch.Tensor]]) -> torch.Tensor:
+    """(batches to judge by, numbers of each)."""
+    judged = problem.judged or (lambda batch, weights: [float(problem.loss(batch, weights))])
+    return torch.tensor([judged(batch, weights) for batch in problem.judge], dtype=torch.float64)
+
+
+def _mean(losses: torch.Tensor) -> float:
+    """Of the loss itself."""
+    return float(losses[:, 0].mean())
 
 
 class _State:
-    """Everything that the next epoch depends on. first, best, last: losses of the batches to judge by."""
+    """Everything that the next epoch depends on. first, best, last: what was judged, (batches, numbers)."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], optimiser: torch.optim.Adam) -> None:
         self.parameters, self.optimiser, self.epoch, self.tries = parameters, optimiser, 0, 0
-        self.first, self.best, self.last = list[float](), list[float](), list[float]()
+        self.first = self.best = self.last = torch.empty(0)
         self._winner = [p.detach().clone() for p in parameters]
 
-    def begin(self, losses: list[float]) -> None:
+    def begin(self, losses: torch.Tensor) -> None:
         self.first = self.best = self.last = losses
 
-    def finish_epoch(self, losses: list[float]) -> None:
+    def finish_epoch(self, losses: torch.Tensor) -> None:
         self.epoch, self.last = self.epoch + 1, losses
-        if mean(losses) < mean(self.best):
+        if _mean(losses) < _mean(self.best):
             self.best, self._winner = losses, [p.detach().clone() for p in self.parameters]
 
     def retry(self) -> None:
@@ -124,10 +133,15 @@ class _State:
 
     @property
     def improved(self) -> bool:
-        """Whether the best state beats the first one by more than a standard error over the batches."""
-        gains = torch.tensor(self.first, dtype=torch.float64) - torch.tensor(self.best, dtype=torch.float64)
-        error = gains.std() / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
-        return bool(gains.mean() > error)
+        """Whether the best state surely beats the first one, in everything."""
+        gains, errors = self.gains()
+        return bool((gains > _SURE * errors).all())
+
+    def gains(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """By how much the best state beats the first one, and standard errors of that over the batches."""
+        gains = self.first - self.best
+        errors = gains.std(0) / math.sqrt(len(gains)) if len(gains) > 1 else torch.zeros_like(gains[0])
+        return gains.mean(0), errors
 
     def restore(self, best: bool) -> None:
         """The best state, or the first one, whose parameters are 0."""
@@ -136,7 +150,7 @@ class _State:
                 parameter.copy_(value) if best else parameter.zero_()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        losses = torch.tensor([self.first, self.best, self.last], dtype=torch.float64)
+        losses = torch.stack([self.first, self.best, self.last])
         found = {"epoch": torch.tensor([self.epoch, self.tries]), "losses": losses}
         for number, parameter in enumerate(self.parameters):
             moments = self.optimiser.state.get(parameter, {})
@@ -146,7 +160,7 @@ class _State:
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.epoch, self.tries = tensors["epoch"].tolist()
-        self.first, self.best, self.last = tensors["losses"].tolist()
+        self.first, self.best, self.last = tensors["losses"]
         with torch.no_grad():
             for number, parameter in enumerate(self.parameters):
                 parameter.copy_(tensors[f"{number}.value"])

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from trifold.compress.compressed import Compressed
-from trifold.compress.files import float_dtype, model_folder, reason, shard_files
+from trifold.compress.files import NO_PICKLES, float_dtype, model_folder, reason, shard_files
 from trifold.compress.integration.auto import auto_class
 from trifold.compress.integration.foreign import load_foreign
 from trifold.compress.packed_folder import is_foreign
@@ -37,9 +37,12 @@ def load(
     folder = model_folder(model, kwargs.pop("revision", None))
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: no config.json, so this is not a model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder}: no model.safetensors; {NO_PICKLES}")
     wanted = dtype if dtype == "auto" else float_dtype(dtype)
     # Asking on the terminal is no default for a library; mismatches are refused below, by name.
-    settings: dict[str, Any] = {"trust_remote_code": False, "ignore_mismatched_sizes": True, **kwargs}
+    settings: dict[str, Any] = {"trust_remote_code": False, "ignore_mismatched_sizes": True, "use_safetensors": True}
+    settings |= kwargs
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=settings["trust_remote_code"])
         if is_foreign(getattr(config, "quantization_config", None)):

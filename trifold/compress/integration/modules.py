@@ -14,7 +14,7 @@ from trifold.compress.slicing import Slices, slice_modules
 from trifold.core.errors import CheckpointError, InputError
 from trifold.core.linears import is_embedding, is_linear, is_transposed, weight_of
 from trifold.formats import FORMATS, Spec
-from trifold.kernels import PackedEmbedding, PackedLinear, PackedModule, TiedLinear, unstack
+from trifold.kernels import PackedEmbedding, PackedLinear, PackedModule, SharedInput, TiedLinear, unstack
 
 
 def replace_modules(model: nn.Module, modules: Mapping[str, Spec], slices: Slices | None = None) -> None:
@@ -33,6 +33,7 @@ def replace_modules(model: nn.Module, modules: Mapping[str, Spec], slices: Slice
             raise CheckpointError(f"config.json: no layer {name!r} in {type(model).__name__}") from error
         model.set_submodule(name, _packed(name, dense, spec))
     _tie(model)
+    _share_inputs(model)
 
 
 def _tie(model: nn.Module) -> None:
@@ -44,6 +45,21 @@ def _tie(model: nn.Module) -> None:
             bias = getattr(model.get_submodule(name), "bias", None)
             model.set_submodule(name, TiedLinear(table, bias is not None, table.dtype if bias is None else bias.dtype))
             del tied[target]  # or transformers would look for a parameter to tie
+
+
+def _share_inputs(model: nn.Module) -> None:
+    """Let packed linears beside each other find out which of them are given the same tensor."""
+    for parent in model.modules():
+        if isinstance(parent, PackedModule):
+            continue
+        beside: dict[int, list[PackedLinear]] = {}
+        for child in parent.children():
+            if type(child) is PackedLinear:
+                beside.setdefault(child.in_features, []).append(child)
+        for linears in beside.values():
+            shared = SharedInput() if len(linears) > 1 else None
+            for linear in linears:
+                linear.beside = shared
 
 
 def _packed(name: str, dense: nn.Module, spec: Spec) -> PackedModule:

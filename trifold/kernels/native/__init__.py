@@ -77,9 +77,10 @@ class Library:
         if not native.ready():
             raise NotCompiledError("the system does not allow its registers")
         self._linear, self._dequantize = native.linear, native.dequantize
+        self.runner = ctypes.cast(native.run_tiles, ctypes.c_void_p).value or 0  # what `stages.c` calls
         self._pack, self._restore, self._gather = native.pack, native.restore, native.gather
         pointer, count = ctypes.c_void_p, ctypes.c_int64
-        self._linear.argtypes = [pointer] * 8 + [count] * 3
+        self._linear.argtypes = [pointer] * 8 + [count] * 4
         self._dequantize.argtypes = [pointer] * 5 + [count] * 2 + [pointer] + [count] * 2
         self._gather.argtypes = [pointer] * 6 + [count, pointer, count, count]
         self._rounded = native.rounded_linear
@@ -96,14 +97,18 @@ class Library:
         zero: _Tensor,
         table: _Tensor,
         bias: _Tensor,
+        rounded: bool = False,
     ) -> torch.Tensor:
-        """x (M, columns), float32 or bfloat16 -> (M, rows). bias: (rows,) of x's dtype. All contiguous."""
-        return self.bind(shape, codes, scale, zero, table)(x, bias)
+        """x (M, columns), float32 or bfloat16 -> (M, rows). bias: (rows,) of x's dtype. All contiguous.
+
+        rounded: weights may be rounded to bfloat16 as x is, where the variant is faster then.
+        """
+        return self.bind(shape, codes, scale, zero, table)(x, bias, rounded)
 
     def bind(
         self, shape: tuple[int, ...], codes: torch.Tensor, scale: torch.Tensor, zero: _Tensor, table: _Tensor
-    ) -> Callable[[torch.Tensor, _Tensor], torch.Tensor]:
-        """`linear` of one weight, as a function of x and bias."""
+    ) -> Callable[..., torch.Tensor]:
+        """`linear` of one weight, as a function of x, bias and rounded."""
         rows, product = shape[0], self._linear
         size, most = _array(shape), _worth(shape)
         weight = (
@@ -114,12 +119,12 @@ class Library:
         )
         kept = (codes, scale, zero, table)
 
-        def call(x: torch.Tensor, bias: _Tensor) -> torch.Tensor:
+        def call(x: torch.Tensor, bias: _Tensor, rounded: bool = False) -> torch.Tensor:
             tokens = x.shape[0]
             y = x.new_empty(tokens, rows)
             given = None if bias is None else bias.data_ptr()
             threads = min(most, torch.get_num_threads())
-            if product(*weight, x.data_ptr(), given, y.data_ptr(), tokens, DTYPES[x.dtype], threads):
+            if product(*weight, x.data_ptr(), given, y.data_ptr(), tokens, DTYPES[x.dtype], rounded, threads):
                 raise MemoryError(f"no memory for {tuple(x.shape)} activations by {tuple(kept[0].shape)} codes")
             return y
 

@@ -13,6 +13,8 @@
 #include <immintrin.h>
 
 #define CHUNK_BLOCKS (BITS > 4 ? 4 : 8) /* blocks that are turned into numbers at once: they stay in the first-level cache */
+#define STEP_BYTES 64
+#define K_BYTES 1024 /* 16 steps: what one instruction of AMX takes */
 
 typedef struct {
     __m512i nibbles[2], upper[2], pairs, singles;
@@ -160,6 +162,34 @@ INLINE __m512 zero_rest(const weight *w, int64_t tile, int64_t g)
 {
     const __m512 zero = (__m512)zero_of(w, tile, g);
     return _mm512_sub_ps(zero, _mm512_cvtepi32_ps(zero_codes(zero)));
+}
+
+/* `blocks` blocks of a tile as numbers: term after term, K_BYTES for every two blocks, the last filled with zeros. */
+INLINE void write_numbers(const uint8_t *codes, const decoder *d, int64_t blocks, uint8_t *out, int zeros, int terms)
+{
+    const int64_t size = CHUNK_BLOCKS / 2 * K_BYTES; /* of a term */
+    for (int64_t b = 0; b < blocks; b++, codes += BLOCK_BYTES) {
+        const lanes loaded = load_lanes(codes, d, zeros);
+        for (int ahead = 0; ahead < BLOCK_BYTES; ahead += 64) _mm_prefetch(codes + AHEAD + ahead, _MM_HINT_T1);
+#pragma GCC unroll 8
+        for (int step = 0; step < BLOCK / 2; step++) {
+            __m512i numbers[3];
+            numbers_of(&loaded, d, zeros, terms, step, numbers);
+#pragma GCC unroll 3
+            for (int t = 0; t < terms; t++)
+                _mm512_store_si512(out + t * size + (b * BLOCK / 2 + step) * STEP_BYTES, numbers[t]);
+        }
+    }
+    if (blocks % 2)
+        for (int t = 0; t < terms; t++) memset(out + t * size + blocks * BLOCK / 2 * STEP_BYTES, 0, K_BYTES / 2);
+}
+
+static void write_any(const uint8_t *codes, const decoder *d, int64_t blocks, uint8_t *out, int zeros, int terms)
+{
+    const int usual = BITS > 4 ? 2 : 1;
+    if (zeros) write_numbers(codes, d, blocks, out, 1, usual);
+    else if (BITS == 4 && terms == 3) write_numbers(codes, d, blocks, out, 0, 3);
+    else write_numbers(codes, d, blocks, out, 0, usual);
 }
 
 #endif

@@ -4,8 +4,14 @@
 
 #include "bfloat16.h"
 
-#define SIDES 4      /* tiles side by side for one token */
-#define DOTS_AHEAD 1024 /* bytes of each that are asked for before they are needed */
+/* SIDES: tiles side by side for one token. DOTS_AHEAD: bytes of each that are asked for before they are needed. */
+#if defined(__AMX_BF16__)
+#define SIDES 4 /* Sapphire Rapids */
+#define DOTS_AHEAD 1024
+#else
+#define SIDES 2 /* Zen 4 */
+#define DOTS_AHEAD 2048
+#endif
 
 /* Prefetch what a group has beside its codes. */
 INLINE void ask_for_scales(const weight *w, int64_t tile, int64_t g)

@@ -145,7 +145,7 @@ INLINE void JOIN(dot_rows_, WIDTH)(const sparse *w, const tables *t, const reque
     const uint8_t *x = (const uint8_t *)p->x + token * p->stride * size, *block = w->codes;
     block += w->start[begin] * blocks * bytes;
     for (int64_t row = begin; row < end; row++) {
-        FLOATS_ total[8][4];
+        FLOATS_ total[16][4];
         for (int m = 0; m < tokens; m++)
             for (int c = 0; c < chains; c++) total[m][c] = OP(setzero_ps)();
         const int64_t last = w->start[row + 1];
@@ -159,19 +159,24 @@ INLINE void JOIN(dot_rows_, WIDTH)(const sparse *w, const tables *t, const reque
         const int zero = zeros && w->kind == INTEGER ? w->zero[first + (i)] : 0;                                                            \
         const uint16_t *low = t->low[zero & 15], *high = t->high[zero >> 4];                                          \
         const uint8_t *at = x + (int64_t)places[i] * tokens;                                                                            \
+        const FLOATS_ scale = OP(set1_ps)(scales[i]);                                                                 \
         FLOATS_ sum[8];                                                                                               \
-        for (int m = 0; m < tokens; m++) sum[m] = OP(setzero_ps)();                                                   \
+        for (int m = 0; m < tokens && !single; m++) sum[m] = OP(setzero_ps)();                                        \
         int64_t b = 0;                                                                                                \
         do {                                                                                                          \
             INTEGERS numbers[2];                                                                                      \
             JOIN(numbers_, WIDTH)(block, low, high, numbers);                                                         \
-            _Pragma("GCC unroll 8") for (int m = 0; m < tokens; m++)                                                  \
+            _Pragma("GCC unroll 16") for (int m = 0; m < tokens; m++) {                                               \
+                FLOATS_ all = single ? OP(setzero_ps)() : sum[m % 8];                                                 \
                 _Pragma("GCC unroll 2") for (int n = 0; n < TERMS; n++)                                               \
-                    sum[m] = JOIN(dot_, WIDTH)(sum[m], numbers[n], at + m * UNIT * size, floats);                \
-            block += bytes, at += UNIT * size * tokens;                                                                      \
+                    all = JOIN(dot_, WIDTH)(all, numbers[n], at + m * UNIT * size, floats);                           \
+                if (single) total[m][chain] = OP(fmadd_ps)(all, scale, total[m][chain]);                              \
+                else sum[m % 8] = all;                                                                                \
+            }                                                                                                         \
+            block += bytes, at += UNIT * size * tokens;                                                               \
         } while (!single && ++b < blocks);                                                                            \
-        _Pragma("GCC unroll 8") for (int m = 0; m < tokens; m++)                                                      \
-            total[m][chain] = OP(fmadd_ps)(sum[m], OP(set1_ps)(scales[i]), total[m][chain]);                          \
+        _Pragma("GCC unroll 8") for (int m = 0; m < tokens && !single; m++)                                           \
+            total[m][chain] = OP(fmadd_ps)(sum[m % 8], scale, total[m][chain]);                                       \
     }
             int64_t i = 0;
             for (; tokens == 1 && i + 4 <= count; i += 4) {
@@ -207,7 +212,10 @@ static void JOIN(product_, WIDTH)(const sparse *w, const tables *t, const reques
         if (floats && tokens == 4) WITH_(1, 4, 1, 0);
         else if (floats) WITH_(1, 1, 1, 0);
 #if defined(__AVX512BF16__)
+        else if (tokens == 16) WITH_(0, 16, 1, 1);
+        else if (tokens == 8 && single) WITH_(0, 8, 1, 1);
         else if (tokens == 8) WITH_(0, 8, 1, 0);
+        else if (tokens == 4 && single) WITH_(0, 4, 1, 1);
         else if (tokens == 4) WITH_(0, 4, 1, 0);
         else if (zeros && single) WITH_(0, 1, 1, 1);
         else if (zeros) WITH_(0, 1, 1, 0);

@@ -262,7 +262,7 @@ int linear(const int64_t *shape, void *const *tensors, const void *x, const void
     request p = {.tokens = tokens, .dtype = dtype, .rows = w.rows, .bias = bias, .y = y};
     const int floats = IN_FLOATS(dtype);
     uint8_t *room;
-    p.most = floats ? 4 : 8;
+    p.most = floats ? 4 : w.blocks == 1 ? 16 : 8; /* registers */
     if (place(&p, x, w.columns, w.group, w.padded, w.unit, floats, floats ? LEVELS(w.unit) : 0, &room)) return 1;
 #if defined(__AVX512BW__)
     tables t[1];

@@ -11,6 +11,8 @@
 #endif
 #if defined(__AMX_BF16__)
 #include "amx.h"
+#elif defined(__AVX512BF16__)
+#include "panels.h"
 #endif
 
 /* Whether this processor and system let the library run. */
@@ -111,11 +113,12 @@ int gather(const int64_t *shape, void *codes, const void *scale, const void *zer
     return 0;
 }
 
-typedef enum { FLOATS, DOTS, TILES } way;
+typedef enum { FLOATS, DOTS, TILES, PANELS } way;
 
-static way way_of(const weight *w, int64_t tokens, int64_t dtype)
+/* rounded: whether weights may be rounded to the dtype of the activations. */
+static way way_of(const weight *w, int64_t tokens, int64_t dtype, int64_t rounded)
 {
-    (void)w, (void)tokens, (void)dtype;
+    (void)w, (void)tokens, (void)dtype, (void)rounded;
 #if defined(__AVX512BF16__)
     if (dtype != BFLOAT16) return FLOATS;
     const int wide_table = w->kind == TABLE && !table_is_narrow(w);
@@ -123,6 +126,7 @@ static way way_of(const weight *w, int64_t tokens, int64_t dtype)
     if (wide_table && tokens <= 2) return FLOATS;
     return tokens == 1 ? DOTS : TILES;
 #else
+    if (rounded || (tokens >= PANELS_FROM && !wide_table)) return PANELS;
     return wide_table ? FLOATS : DOTS;
 #endif
 #else
@@ -131,9 +135,9 @@ static way way_of(const weight *w, int64_t tokens, int64_t dtype)
 }
 
 /* A token where the kernel wants it: each group filled with zeros to a multiple of `unit` columns, floats or halves;
-   `every` 32 columns go `every` numbers further. */
+   `run` columns lie together, the next ones `every` numbers further. */
 static void place_token(const weight *w, const void *from, int64_t dtype, void *to, int floats, int64_t unit,
-                        int64_t every)
+                        int64_t run, int64_t every)
 {
     const int64_t size = floats ? 4 : 2;
     const uint16_t *halves = from;
@@ -142,7 +146,7 @@ static void place_token(const weight *w, const void *from, int64_t dtype, void *
         for (int64_t column = 0; column < group_columns(w, g); column += unit, at += unit) {
             const int64_t left = group_columns(w, g) - column, width = left < unit ? left : unit;
             const int64_t first = g * w->group + column;
-            uint8_t *out = (uint8_t *)to + (at / 32 * every + at % 32) * size;
+            uint8_t *out = (uint8_t *)to + (at / run * every + at % run) * size;
             if (floats && dtype == BFLOAT16)
                 for (int64_t c = 0; c < width; c++) ((float *)out)[c] = widened(halves[first + c]);
             else
@@ -169,29 +173,31 @@ static int64_t padded_columns(const weight *w, int64_t unit)
 /* y (tokens, rows) = x (tokens, columns) times the weight, plus bias, NULL or (rows,); all of `dtype`.
    Returns 0, or 1 if there is no memory. */
 int linear(const int64_t *shape, void *codes, const void *scale, const void *zero, const float *table, const void *x,
-           const void *bias, void *y, int64_t tokens, int64_t dtype, int64_t threads)
+           const void *bias, void *y, int64_t tokens, int64_t dtype, int64_t rounded, int64_t threads)
 {
     product p = {.w = weight_of(shape, codes, scale, zero, table), .tokens = tokens, .dtype = dtype};
-    const way how = way_of(&p.w, tokens, dtype);
-    const int floats = how == FLOATS, tiled = how == TILES;
-    const int64_t unit = tiled ? 32 : BLOCK, size = floats ? 4 : 2, given = dtype == BFLOAT16 ? 2 : 4;
+    const way how = way_of(&p.w, tokens, dtype, rounded);
+    const int floats = how == FLOATS, tiled = how == TILES || how == PANELS;
+    const int64_t run = how == TILES ? 32 : BLOCK, across = how == TILES ? 16 : 8; /* columns, tokens side by side */
+    const int64_t unit = tiled ? run : BLOCK, size = floats ? 4 : 2, given = dtype == BFLOAT16 ? 2 : 4;
     uint8_t *placed = 0;
     float *sums = 0;
     p.x = x, p.bias = bias, p.y = y, p.stride = padded_columns(&p.w, unit);
     if (tiled || p.stride != p.w.columns || size != given) {
-        const int64_t rows = tiled ? (tokens + 15) / 16 * 16 : tokens, movers = tokens > 32 ? threads : 1;
+        const int64_t rows = tiled ? (tokens + across - 1) / across * across : tokens, movers = tokens > 32 ? threads : 1;
         p.x = placed = aligned_alloc(64, (size_t)(rows * p.stride * size + 63) / 64 * 64);
         if (!placed) return 1;
         SHARES(movers)
         for (int64_t share = 0; share < movers; share++) {
             const span s = share_of(rows, share, movers);
             for (int64_t m = s.begin; m < s.end; m++) {
-                const int64_t start = tiled ? m / 16 * 16 * p.stride + m % 16 * 32 : m * p.stride;
+                const int64_t start = tiled ? m / across * across * p.stride + m % across * run : m * p.stride;
                 if (m < tokens)
                     place_token(&p.w, (const uint8_t *)x + m * p.w.columns * given, dtype, placed + start * size,
-                                floats, unit, tiled ? 512 : 32);
+                                floats, unit, run, tiled ? across * run : run);
                 else
-                    for (int64_t at = 0; at < p.stride; at += 32) memset(placed + (start + at * 16) * size, 0, 64);
+                    for (int64_t at = 0; at < p.stride; at += run)
+                        memset(placed + (start + at * across) * size, 0, (size_t)(run * size));
             }
         }
     }
@@ -201,8 +207,12 @@ int linear(const int64_t *shape, void *codes, const void *scale, const void *zer
             free(placed);
             return 1;
         }
-        for (int64_t m = 0; m < tokens; m++)
-            add_up(&p.w, (const uint16_t *)x + m * p.w.columns, sums + m * groups(&p.w));
+        SHARES(threads)
+        for (int64_t share = 0; share < threads; share++) {
+            const span s = share_of(tokens, share, threads);
+            for (int64_t m = s.begin; m < s.end; m++)
+                add_up(&p.w, (const uint16_t *)x + m * p.w.columns, sums + m * groups(&p.w));
+        }
     }
     SHARES(threads)
     for (int64_t share = 0; share < threads; share++) {
@@ -214,6 +224,8 @@ int linear(const int64_t *shape, void *codes, const void *scale, const void *zer
 #endif
 #if defined(__AMX_BF16__)
         if (how == TILES && s.begin < s.end) amx_tiles(&p, s.begin, s.end);
+#elif defined(__AVX512BF16__)
+        if (how == PANELS) panel_tiles(&p, s.begin, s.end, (int)rounded);
 #endif
     }
     free(placed);
@@ -262,4 +274,18 @@ int rounded_linear(const int64_t *shape, void *codes, const void *scale, const v
     (void)largest, (void)tokens, (void)dtype, (void)threads;
     return 2;
 #endif
+}
+
+/* Tiles begin .. end - 1, one stage of stages.c. x: (tokens, stride) float32, or bfloat16 if not `wide`, columns filled
+   with zeros to a multiple of BLOCK; groups are multiples of it. Not for real zero-points; tables only if `wide`. */
+void run_tiles(const product *p, int64_t begin, int64_t end, int wide)
+{
+#if defined(__AVX512BF16__)
+    if (!wide) {
+        dot_tiles(p, begin, end);
+        return;
+    }
+#endif
+    (void)wide;
+    for (int64_t tile = begin; tile < end; tile++) float_product(p, tile);
 }

@@ -25,7 +25,12 @@ typedef struct {
 } request;
 
 /* Tokens that are multiplied at once, of those left. */
-INLINE int together(int64_t left, int most) { return left >= most ? most : left >= 4 && most > 4 ? 4 : 1; }
+INLINE int together(int64_t left, int most)
+{
+    for (int tokens = most; tokens >= 4; tokens /= 2)
+        if (left >= tokens) return tokens;
+    return 1;
+}
 
 INLINE uint16_t narrowed(float value)
 {

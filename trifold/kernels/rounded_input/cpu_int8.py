@@ -25,6 +25,8 @@ class CompiledInt8(cpu.Compiled):
 
     def supports(self, spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
         scheme = scheme_of(spec)
+        if input_scheme_of(spec).full_range:
+            return "rounds activations to codes of both signs alike, not over the full range"
         if scheme.table is not None or scheme.bits not in (4, 8):
             return f"takes integers of 4 and 8 bits, not {scheme.bits} of grid={scheme.grid!r}"
         if scheme.zero_point != "integer":

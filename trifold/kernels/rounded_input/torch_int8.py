@@ -14,7 +14,7 @@ from trifold.kernels.rounded_input.naive import input_scheme_of
 from trifold.kernels.rows import dequantize, with_codes, zero_points
 
 SIGN = -128  # flips the top bit of a byte: unsigned code <-> code - 128
-LARGEST_SUM = 255 * 127  # of one product, |weight code - zero-point| * |activation code|
+LARGEST_SUM = 255 * 128  # of one product, |weight code - zero-point| * |activation code|
 
 
 @lru_cache(maxsize=1)

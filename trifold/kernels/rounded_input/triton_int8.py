@@ -20,6 +20,8 @@ class TritonInt8(TorchInt8):
 
     def supports(self, spec: Spec, dtype: torch.dtype, device: torch.device) -> str | None:
         scheme, in_features = scheme_of(spec), spec["shape"][1]
+        if input_scheme_of(spec).full_range:
+            return "rounds activations to codes of both signs alike, not over the full range"
         if scheme.bits != 8:
             return f"bits={scheme.bits} are not 8"
         if dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -1,11 +1,11 @@
-"""2:4 on sparse tensor cores, through torch's semi-structured tensors (CUTLASS)."""
+"""2:4 on sparse tensor cores, through torch's semi-structured operators (CUTLASS)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import pad
 
 from trifold.formats.base import Spec
 from trifold.formats.bitstream import pack_bits, unpack_bits
@@ -13,6 +13,7 @@ from trifold.formats.sparse24 import index_of, mask_of
 from trifold.kernels.op import Op, Tensors
 
 _FLOATS = ("float16", "bfloat16")
+_TOKENS = 8  # the product takes multiples of it
 
 
 class TorchSparse24(Op):
@@ -55,11 +56,14 @@ class TorchSparse24(Op):
         return super().rows(self.restore(tensors, spec), spec, start, stop, dtype)
 
     def run(self, x: torch.Tensor, tensors: Tensors, spec: Spec, bias: torch.Tensor | None) -> torch.Tensor:
-        from torch.sparse.semi_structured import SparseSemiStructuredTensorCUTLASS as Weight
-
-        made: Any = Weight
-        weight = made(torch.Size(spec["shape"]), tensors["packed"], tensors["meta"], None, None, None)
-        return linear(x, weight, bias)
+        """torch's operators themselves: the tensor subclass around them changes from release to release."""
+        weight = tensors["packed"], tensors["meta"]
+        right = pad(x, (0, 0, 0, -len(x) % _TOKENS)).t()
+        if bias is None:
+            y = torch._sparse_semi_structured_mm(*weight, right)
+        else:
+            y = torch._sparse_semi_structured_addmm(bias, *weight, right)
+        return y.t()[: len(x)].contiguous()
 
 
 def _conversions() -> Any:

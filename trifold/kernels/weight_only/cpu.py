@@ -27,12 +27,14 @@ _Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DENSE_FROM = {
     "amx": {torch.bfloat16: 2048, torch.float32: 128},
-    "avx512_bf16": {torch.bfloat16: 64, torch.float32: 128},
+    "avx512_bf16": {torch.bfloat16: 16, torch.float32: 128},
     "avx512": {torch.bfloat16: 64, torch.float32: 128},
     "avx2": {torch.bfloat16: 32, torch.float32: 32},
     "portable": {torch.bfloat16: 16, torch.float32: 16},
 }
-"""Number of tokens from which dequantised tiles and the platform's product are faster."""
+"""Number of tokens from which weights rounded to the dtype of the activations are faster."""
+_ROUNDS_ITSELF = {("avx512_bf16", torch.bfloat16)}
+"""Where the compiled product does that; elsewhere tiles are dequantised for the platform's product."""
 
 
 def _shape(spec: Spec) -> tuple[int, int, int, int, int]:
@@ -175,8 +177,9 @@ def _packed_linear(
 ) -> torch.Tensor:
     product, size = library(variant, bits), tuple(shape)
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-    if x.shape[0] < _DENSE_FROM[variant][x.dtype]:
-        return product.linear(x, size, codes, scale, zero, table, bias)
+    rounded = x.shape[0] >= _DENSE_FROM[variant][x.dtype]
+    if not rounded or (variant, x.dtype) in _ROUNDS_ITSELF:
+        return product.linear(x, size, codes, scale, zero, table, bias, rounded)
     y = x.new_empty(x.shape[0], shape[0])
     blocks = list(row_blocks(shape[0], shape[1], x.device))
     room = x.new_empty(shape[1] * max(stop - start for start, stop in blocks))

@@ -78,6 +78,10 @@ class MoDeGPT(BlockMethod):
     def kept(self) -> float:
         return self.keep
 
+    def workspace(self, shape: tuple[int, int]) -> int:
+        out, width = shape
+        return 4 * 8 * width**2 + 3 * 8 * out * width  # an inverse, what is left of it, and its factor
+
     def _cutter(self, context: BlockContext) -> Cutter:
         return Cutter(context, self.inside, self.pairs, self.values, self.damping)
 
