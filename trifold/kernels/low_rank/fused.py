@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,11 +38,12 @@ def fused(module: PackedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> t
     if not on_gpu(x.device) or no_gpu(x.device) is not None:
         return None
     base, factors = _NONE, module
-    if module.spec["format"] == "sum" and len(module.parts) == 2:
-        found = _matrix(module.parts[0], x, plain=False)
+    parts = _parts(module)
+    if module.spec["format"] == "sum" and len(parts) == 2:
+        found = _matrix(parts[0], x, plain=False)
         if found is None:
             return None
-        base, factors = found, module.parts[1]
+        base, factors = found, parts[1]
     two = _factors(factors, x, placed=base is _NONE)
     if two is None:
         return None
@@ -60,19 +62,24 @@ def _factors(module: PackedLinear, x: torch.Tensor, placed: bool) -> tuple[Matri
         if not isinstance(op, PlainFactors) or spec["dtype"] != str(x.dtype).removeprefix("torch."):
             return None
         tensors, rank = module.hold(op), spec["rank"]
-        left, right = tensors["weight"].reshape(-1, rank), tensors["weight_right"].reshape(rank, -1)
-        return ([right], PLAIN), ([left], PLAIN), None
-    if spec["format"] != "chain" or len(module.parts) != 2:
+        plain = tensors["weight"].reshape(-1, rank), tensors["weight_right"].reshape(rank, -1)
+        return ([plain[1]], PLAIN), ([plain[0]], PLAIN), None
+    parts = _parts(module)
+    if spec["format"] != "chain" or len(parts) != 2:
         return None
-    outer, places = module.parts[0], None
+    outer, places = parts[0], None
     if outer.spec["format"] == "split":
         kinds = [part["format"] for part in outer.spec["parts"]]
         if not placed or outer.spec["axis"] != 0 or len(kinds) != 2 or kinds[0] != "identity":
             return None
         places = outer.hold(COMPOSITIONS["split"])["places"]
-        outer = outer.parts[1]
-    found, right = _matrix(outer, x), _matrix(module.parts[1], x)
-    return None if found is None or right is None or _looked_up(found[1]) else (right, found, places)
+        outer = _parts(outer)[1]
+    left, right = _matrix(outer, x), _matrix(parts[1], x)
+    return None if left is None or right is None or _looked_up(left[1]) else (right, left, places)
+
+
+def _parts(module: PackedLinear) -> Sequence[PackedLinear]:
+    return getattr(module, "parts", ())
 
 
 def _looked_up(kind: str) -> bool:
