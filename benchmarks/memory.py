@@ -112,8 +112,9 @@ def main(
     )
     print(table)
     if record:
-        head = f"A random Llama of TinyLlama's shape, {layers} blocks; {nsamples} windows of {seqlen} tokens of text."
-        save("memory", {"machine": machine(), "layers": layers, "rows": rows}, f"{head}\n\n{table}")
+        sizes = f"{layers} blocks; {nsamples} windows of {seqlen} tokens where text is needed"
+        text = f"A random Llama of TinyLlama's shape, {sizes}.\n\n{table}"
+        save("memory", {"machine": machine(), "layers": layers, "rows": rows}, text)
     bad = [r for r in rows if abs(r["off"]) > 0.15 or abs(r["written"] / r["planned_bytes"] - 1) > 0.01]
     bad += [r for r in rows if r["limit"] and r["peak"] > r["limit"]]
     sys.exit(1 if bad else 0)

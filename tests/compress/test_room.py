@@ -94,7 +94,7 @@ def test_a_disk_that_is_too_small(tiny, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(forecast.shutil, "disk_usage", lambda _: usage)
     code, _, stderr = trifold_cli("compress", tiny(), "-r", "w4a16-rtn", "-o", tmp_path / "new" / "out")
-    assert code == 4 and "of disk there, and 0.00 GB are free; make room" in stderr
+    assert code == 4 and "of disk there, and 0.0 MB are free; make room" in stderr
     assert not (tmp_path / "new").exists()
 
 
