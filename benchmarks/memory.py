@@ -28,6 +28,8 @@ import trifold, transformers, datasets
 from pathlib import Path
 pages = int(Path("/proc/self/statm").read_text().split()[1])
 imports = pages * resource.getpagesize()
+from trifold.compress.memory import leave_the_heap
+leave_the_heap()  # as the command line does
 model, recipe, calib, output, settings = json.loads(sys.argv[1])
 report = trifold.compress(model, recipe, calib, output, verbosity=-1, **settings)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -77,6 +77,7 @@ def compress(
     from trifold.compress import checkpoint
     from trifold.compress.deliver import Delivery
     from trifold.compress.job import Options
+    from trifold.compress.memory import leave_the_heap
     from trifold.compress.pipeline import run
     from trifold.compress.preflight import prepare
     from trifold.compress.progress import Reporter
@@ -95,6 +96,7 @@ def compress(
         layers = {name: _plan_entry(plan) for name, plan in job.plan.layers.items()}
         emit({"recipe": chosen.to_dict(), "layers": layers}, json_to, _plan_table(layers))
         return
+    leave_the_heap()
     _, report = run(model, chosen, calib, output, options, reporter, delivery=delivery)
     if not report:  # of another process than the one that writes
         return

@@ -82,7 +82,7 @@ def leave_the_heap() -> None:
     """Let the C library (glibc) get large tensors from the system, and give them back when they are freed.
 
     By itself it learns to keep up to 32 MB of each size on its heap, which small ones that stay then break into
-    pieces, more with each block.
+    pieces, more with each block. The setting is the whole process's: for those who own it, as the command line does.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if set_option is not None:

@@ -22,7 +22,6 @@ from trifold.compress.integration.load import load, read_compressed
 from trifold.compress.integration.modules import install
 from trifold.compress.job import Job, Options, room_of
 from trifold.compress.journal import Follower, Journal, reference
-from trifold.compress.memory import leave_the_heap
 from trifold.compress.preflight import prepare
 from trifold.compress.processes import join, leave
 from trifold.compress.progress import Reporter
@@ -232,7 +231,6 @@ def run(
         checkpoint.check_output(output)
     if delivery:
         delivery.begin(output)
-    leave_the_heap()
     processes = join()
     if not processes.writes:
         report.level = -1
