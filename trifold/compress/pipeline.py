@@ -124,8 +124,8 @@ def _write(job: Job, journal: Journal, partial: Path, output: Path) -> dict[str,
     sizes = {name: value for name, value in summarise(partial).items() if name != "layers"}
     report = report_of(job, everything, sizes, proof, time.perf_counter() - started)
     report["fingerprint"] = stamp(fingerprint_of(job))
-    checkpoint.write_report(partial, report)
     (partial / NAME).write_text(card_of(job, report, front), encoding="utf-8")
+    checkpoint.write_report(partial, report)  # last: with it the run counts as finished
     journal.remove()
     checkpoint.publish(partial, output)
     return report
