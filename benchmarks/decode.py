@@ -126,8 +126,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         bits = args.bits or (None if args.keep else 4)
-        label = " ".join([f"rank {args.keep:.0%}"] * bool(args.keep) + [f"W{bits}"] * bool(bits))
-        label += " symmetric" * args.symmetric
+        parts = (args.keep and f"rank {args.keep:.0%}", bits and f"W{bits}", args.symmetric and "symmetric")
+        label = " ".join(filter(None, parts))
         baseline = "W4" if args.against_w4 else "dense"
         base, packed = folder / baseline.lower(), folder / label.replace(" ", "").replace("%", "").lower()
         if not base.exists():
