@@ -1,4 +1,4 @@
-"""What the benchmarks share: where the acceptance model and its texts are, and tables in Markdown."""
+"""What the benchmarks share: where the model pycode-5m and its texts are, and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """Model, calibration and held-out text, by default those of the acceptance model."""
+    """Model, calibration and held-out text, by default those of pycode-5m."""
     parser.add_argument("--model", default=str(SHARED / "models/pycode-5m"))
     parser.add_argument("--calib", default=str(SHARED / "data/pycode/calib.jsonl"))
     parser.add_argument("--eval", default=str(SHARED / "data/pycode/eval.jsonl"))

@@ -1,6 +1,6 @@
 """Two processes of one thread against one: the same codes, the same quality, and less time on a larger model.
 
-    python benchmarks/processes.py same     the acceptance model: codes of the first block, perplexity, RTN
+    python benchmarks/processes.py same     pycode-5m: codes of the first block, perplexity, RTN
     python benchmarks/processes.py faster   random blocks of TinyLlama's width: seconds of the whole command
 
 Each part writes benchmarks/results/processes-PART.{json,md} with `--record`.

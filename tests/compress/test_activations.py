@@ -223,7 +223,7 @@ def test_outlier_channels_break_plain_rounding_alone(tmp_path, text):
     assert len(kept) == 15 and all(spec["parts"][1]["shape"][1] == 2 for spec in kept)
 
 
-@pytest.mark.skipif(not PYCODE.is_dir(), reason="needs ../shared/models/pycode-5m")
+@pytest.mark.skipif(not PYCODE.is_dir(), reason="needs the model pycode-5m")
 def test_on_a_trained_model(tmp_path):
     """Perplexity on held-out text; with outliers x 30 on four channels only plain rounding is far off."""
     text, held_out = (SHARED / "data" / "pycode" / f"{name}.jsonl" for name in ("calib", "eval"))

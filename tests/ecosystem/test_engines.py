@@ -207,6 +207,12 @@ def test_experts_are_known_before_they_are_compressed(tmp_path):
         )
     report = trifold.compress(tmp_path / "dense", recipe(), None, tmp_path / "out", verbosity=-1, engine="vllm")
     assert report["export"]["layers"] == {"pack-quantized": 24}
+    with pytest.raises(InputError, match=r"dense.tokenizer.json: it is a WordLevel model"):
+        trifold.compress(tmp_path / "dense", recipe(), None, tmp_path / "other", verbosity=-1, export_to="gguf")
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "dense" / "tokenizer.json").unlink()
+    report = trifold.compress(tmp_path / "dense", recipe(), None, tmp_path / "other", verbosity=-1, export_to="gguf")
+    assert sum(report["export"]["layers"].values()) > 0 and (tmp_path / "other-gguf" / "model.gguf").exists()
 
 
 def test_the_commands_of_both(tmp_path, fold):

@@ -129,6 +129,47 @@ def test_a_tensor_that_changed_is_another_one(calls):
         assert torch.equal(model.k(tokens()), expected.k(tokens()))
 
 
+def test_one_tensor_again_and_again_makes_no_group_of_one_layer(calls):
+    model = attention()
+    expected = alone(model)
+    with torch.no_grad():
+        x = tokens()
+        for _ in range(5):
+            model.q(x)
+        assert torch.equal(model.q(tokens()), expected.q(tokens())) and not calls
+        for _ in range(5):
+            model(x)
+        assert torch.equal(model(tokens()), expected(tokens()))
+    assert set(calls) == {3}
+
+
+def test_other_weights_and_gradients_between_two_members(calls):
+    model = attention()
+    with torch.no_grad():
+        model(tokens())
+        model(tokens())
+        x = tokens()
+        model.q(x)
+        model.k.load_state_dict({**model.k.state_dict(), "bias": torch.ones(16)})
+        assert torch.equal(model.k(x), alone(model).k(x))  # not what was computed with q
+        x = tokens(2)
+        model.q(x)
+    model.k.bias.requires_grad_()
+    model.k(x).sum().backward()
+    assert torch.equal(model.k.bias.grad, torch.full((16,), 4.0))
+
+
+def test_nothing_holds_the_runtime_tensors_of_a_saved_layer(calls):
+    model = attention()
+    with torch.no_grad():
+        model(tokens())
+        model(tokens())
+    held = [weakref.ref(tensor) for _, tensor in model.v.named_buffers()]
+    model.v.state_dict()
+    gc.collect()
+    assert held and all(ref() is None for ref in held)
+
+
 def test_hooks_gradients_and_inference_mode_go_layer_by_layer(calls):
     model = attention()
     expected, seen = alone(model), []

@@ -51,6 +51,8 @@ NOT = {
     "three factors": Chain((dense(7, 5), dense(5, 5), dense(5, 43))),
     "columns": Split(1, index(41, 2), (rounded(7, 41), dense(7, 2))),
     "float32": Chain((dense(7, 5, torch.float32), dense(5, 43, torch.float32))),
+    "two pairs of factors": Sum((factors(9, 43, 3), factors(9, 43, 4))),
+    "factors in a chain": Chain((dense(9, 7), factors(7, 43, 4))),
     "residual with pivots": Sum((rounded(9, 43), pivoted(9, 43, 4, dense))),
 }
 

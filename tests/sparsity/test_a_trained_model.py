@@ -36,7 +36,7 @@ def layers():
     return {name: (weight_of(module).detach(), grams[name]) for name, module in found.items()}
 
 
-@pytest.mark.skipif(not PYCODE.is_dir(), reason="needs ../shared/models/pycode-5m")
+@pytest.mark.skipif(not PYCODE.is_dir(), reason="needs the model pycode-5m")
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_each_idea_is_worth_its_price(layers, pattern):
     """In every layer but for Wanda, whose assumption of independent inputs need not help in each."""

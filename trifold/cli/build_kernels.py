@@ -30,7 +30,7 @@ def build_kernels(bits: tuple[int, ...], every: bool, json_to: str | None) -> No
     widths = bits or tuple(native.WIDTHS)
     dense = _build(native.VARIANTS, widths, every, native.load)
     for name, entry in dense.items():
-        if not bits and stages.lacking(name) is None:
+        if stages.lacking(name) is None and not bits:
             entry["bits"].append(16)
     groups = _build(sparse.VARIANTS, widths, every, lambda name, width: sparse.load(CompiledGroups.source, name, width))
     numbers = (4, 16) if 4 in widths else (16,)  # integers; bfloat16

@@ -91,6 +91,8 @@ def compress(
     delivery = Delivery(export_to, engine, push_to_hub)
     if dry_run:
         checkpoint.check_output(output)
+        if delivery:
+            delivery.begin(output)
         job = prepare(model, chosen, calib, options, reporter)
         delivery.check(job, output)
         layers = {name: _plan_entry(plan) for name, plan in job.plan.layers.items()}

@@ -10,7 +10,7 @@ from trifold.compress import checkpoint
 from trifold.compress.export import check_format, export
 from trifold.compress.hub import check_hub, push
 from trifold.compress.job import Job, Options
-from trifold.compress.preflight_export import check_export
+from trifold.compress.preflight_export import check_export, in_words_of_compress
 from trifold.core.errors import InputError, TrifoldError
 
 
@@ -35,7 +35,8 @@ class Delivery:
         if output is None:
             raise InputError("an export, or a push to the hub, is of a checkpoint in a folder; give an output")
         if self.exports:
-            check_format(self.export_to, self.engine)
+            with in_words_of_compress():
+                check_format(self.export_to, self.engine)
         if self.export_to is not None:
             checkpoint.check_output(place_of(output, self.export_to))
         if self.push_to_hub is not None:

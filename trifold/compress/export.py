@@ -123,7 +123,7 @@ def _card(
     ours = quantization["quant_method"] == checkpoint.QUANT_METHOD
     layouts = ", ".join(f"{count} as {layout}" for layout, count in plan.layouts.items())
     rows = {"layers": layouts, "size": f"{total / 1e6:.2f} MB"}
-    if to != DENSE:
+    if to not in (DENSE, GGUF) and not plan.losses.layers:  # else other bits are stored
         rows["bits per compressed weight"] = f"{summarise(source.folder)['bits_per_weight']:.3f}"
     return Card(
         name=name,

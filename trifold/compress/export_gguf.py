@@ -149,7 +149,10 @@ def _way(layer: str, weight: Canonical, again: bool, dtype: torch.dtype) -> Way 
         raise InputError(
             f"{layer}: gguf cannot hold it: {why}; --to {nearest(weight, dtype)} can, and --requantize rounds it again"
         )
-    return (find_way(weight, refusal) if on_grids(weight) else None) or _Dense(dtype)
+    way = find_way(weight, refusal) if on_grids(weight) else None
+    if way is None or way.scheme is None:
+        return way or _Dense(dtype)
+    return Way(block_for([way.header(weight)]).scheme)  # with every code that the block has room for
 
 
 def _encoded(layer: str, weight: Canonical, block: Block | None) -> torch.Tensor:
@@ -176,6 +179,13 @@ def _dense(name: str, entry: Entry, config: Mapping[str, Any], kind: facts.Archi
         return values if order is None else values[order]
 
     return GgufTensor(place, _PLAIN_TYPES[dtype], shape, 0, load)
+
+
+def check_tokenizer(plan: GgufPlan, folder: Path) -> None:
+    """Raises InputError for a tokenizer that llama.cpp does not know. Writes nothing. folder: it is there."""
+    import gguf
+
+    write_tokenizer(gguf.GGUFWriter(None, plan.kind.name), folder, plan.config["vocab_size"], plan.config)
 
 
 def write_gguf(plan: GgufPlan, file: Path, tokenizer: Path) -> int:

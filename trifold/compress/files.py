@@ -53,9 +53,9 @@ def model_folder(model: str | os.PathLike[str], revision: str | None = None) -> 
         return path
     if name == embedded.NAME:
         return embedded.MODEL
-    if os.path.exists(path) or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise CheckpointError(f"{name!r}: no such model folder (a hub id looks like 'organisation/name')")
     repo, _, named = name.partition("@")
+    if os.path.exists(path) or path.is_absolute() or name.startswith(".") or repo.count("/") != 1:
+        raise CheckpointError(f"{name!r}: no such model folder (a hub id looks like 'organisation/name')")
     from huggingface_hub import constants, snapshot_download
 
     try:

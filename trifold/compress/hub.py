@@ -15,7 +15,7 @@ def check_hub(repo: str) -> None:
     """Find out before any work whether one can push. Raises InputError for a name that is none, or without a login;
     ResourceError if the hub cannot be reached."""
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.utils import validate_repo_id
 
     try:
@@ -29,6 +29,12 @@ def check_hub(repo: str) -> None:
     except LocalTokenNotFoundError as error:
         raise InputError(f"--push-to-hub {repo}: not logged in; run `hf auth login`, or set HF_TOKEN") from error
     except Exception as error:  # of every layer below
+        if (
+            isinstance(error, HfHubHTTPError)
+            and error.response is not None
+            and error.response.status_code in (401, 403)
+        ):
+            raise InputError(f"--push-to-hub {repo}: the hub refuses the token; run `hf auth login` again") from error
         raise ResourceError(f"--push-to-hub {repo}: the hub does not answer ({reason(error)}); try again") from error
 
 

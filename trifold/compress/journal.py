@@ -40,7 +40,7 @@ class Journal:
         stamp = folder / "fingerprint.json"
         ours = json.loads(json.dumps(fingerprint))
         if stamp.exists():
-            theirs = _read_json(stamp)
+            theirs = _read_stamp(stamp)
             different = _difference(theirs, ours)
             if different:
                 raise InputError(
@@ -190,6 +190,15 @@ def _read_json(path: Path) -> dict[str, Any]:
         return found["value"]
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise _damaged(path, error) from error
+
+
+def _read_stamp(path: Path) -> dict[str, Any]:
+    """The fingerprint, also one that was left before files had checksums: its versions are others then."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise _damaged(path, error) from error
+    return found if isinstance(found, dict) and "versions" in found else _read_json(path)
 
 
 def _digest(text: str) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -158,9 +157,12 @@ class PackedLinear(PackedModule):
             total += grad[:, start:stop] @ op.rows(tensors, self.spec, start, stop, grad.dtype)
         return total.to(grad.dtype)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        self._stages = {}
-        return super()._apply(fn, recurse)
+    def _restore(self) -> None:
+        if self.__dict__.get("_stages"):  # they hold the runtime tensors
+            self._stages = {}
+            if self.beside is not None:
+                self.beside.forget()
+        super()._restore()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_ops": {}, "_products": None, "_stages": {}}

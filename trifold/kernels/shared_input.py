@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class SharedInput:
-    """One for linears of one module with as many input features. A copy has yet to see which belong together."""
+    """One for linears of one module with as many input features. A copy has yet to see which belong together.
+
+    A tensor changed between two members through `.data` or NumPy, which torch does not count, is taken for the old one.
+    """
 
     def __init__(self) -> None:
         self._together: weakref.WeakKeyDictionary[PackedLinear, _Together] = weakref.WeakKeyDictionary()
@@ -35,15 +38,24 @@ class SharedInput:
         if torch.is_grad_enabled() and x.requires_grad:
             return None
         if seen.input is None or seen.input() is not x or seen.version != x._version:
-            if x.device.type != "cpu" or type(x) is not torch.Tensor or x.is_inference() or not x.numel():
+            if x.device.type != "cpu" or type(x) is not torch.Tensor or torch.is_inference_mode_enabled():
+                return None  # or what is kept would be inference tensors
+            if x.is_inference() or not x.numel():
                 return None  # changes of an inference tensor are not counted
             self._learn(seen)
             seen.input, seen.version, seen.modules = weakref.ref(x), x._version, [weakref.ref(module)]
             known = self._together.get(module)
             seen.outputs = {} if known is None else known.outputs(x)
-        elif module not in seen.outputs:
-            seen.modules.append(weakref.ref(module))
-        return seen.outputs.pop(module, None)
+        elif module not in seen.outputs and (own := weakref.ref(module)) not in seen.modules:
+            seen.modules.append(own)
+        y = seen.outputs.pop(module, None)
+        return None if y is None or _watched(module) else y
+
+    def forget(self) -> None:
+        """Nothing that was bound to runtime tensors, or computed with them, outlives them."""
+        for known in list(self._together.values()):
+            known.forget()
+        self._seen.outputs = {}
 
     def _learn(self, seen: _Seen) -> None:
         """What the last tensor told."""
@@ -87,6 +99,9 @@ class _Together:
     def __init__(self, members: Sequence[PackedLinear]) -> None:
         self._members = [weakref.ref(member) for member in members]
         self._bound: dict[torch.dtype, _Bound] = {}
+
+    def forget(self) -> None:
+        self._bound.clear()
 
     def members(self) -> list[PackedLinear]:
         return [member for ref in self._members if (member := ref()) is not None]

@@ -14,7 +14,7 @@ import torch
 from trifold.formats.base import Spec
 from trifold.formats.quantized import scheme_of
 from trifold.kernels.compose import COMPOSITIONS, heights
-from trifold.kernels.native.stages import BLOCK, Layer, Part
+from trifold.kernels.native.stages import BLOCK, Layer, Part, lacking
 from trifold.kernels.op import Op, Tensors
 from trifold.kernels.weight_only import halves
 from trifold.kernels.weight_only.cpu import Compiled, stored
@@ -47,14 +47,15 @@ def staged(module: PackedLinear, dtype: torch.dtype) -> Staged | None:
     if roles is None or dtype not in (torch.float32, torch.bfloat16):
         return None
     divided = roles.pop("split", None)
-    if any("parts" in leaf.spec for leaf in roles.values()):
-        return None
+    for name, leaf in roles.items():
+        if "parts" in leaf.spec or (leaf.spec["format"] == "low_rank" and name != "factors"):
+            return None
     if any(tensor.device.type != "cpu" for tensor in (*module.parameters(), *module.buffers())):
         return None
     ops = {name: leaf.op_for(dtype, torch.device("cpu")) for name, leaf in roles.items()}
     limits = [_most_tokens(op, roles[name].spec, dtype) for name, op in ops.items()]
     variants = {getattr(op, "variant", "") for op in ops.values()}
-    if len(variants) != 1 or not all(limits):
+    if len(variants) != 1 or not all(limits) or lacking(next(iter(variants))) is not None:
         return None
     held = {leaf: leaf.hold(ops[name]) for name, leaf in roles.items()}
     given: dict[str, Any] = {}

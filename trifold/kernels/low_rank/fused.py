@@ -33,7 +33,8 @@ def fused(module: PackedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> t
 
     None if it is something else, or not for this product.
     """
-    if x.shape[0] > MOST_TOKENS or (torch.is_grad_enabled() and x.requires_grad):
+    halves = x.dtype in (torch.float16, torch.bfloat16)
+    if not halves or x.shape[0] > MOST_TOKENS or (torch.is_grad_enabled() and x.requires_grad):
         return None
     if not on_gpu(x.device) or no_gpu(x.device) is not None:
         return None
