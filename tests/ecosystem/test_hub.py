@@ -2,10 +2,11 @@
 
 import json
 import pathlib
+import types
 
 import pytest
 import yaml
-from huggingface_hub.errors import LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 import trifold
 from tests.helpers import save_model, trifold_cli
@@ -115,9 +116,17 @@ def test_a_failed_proof_is_not_pushed(tmp_path, dense, hub, monkeypatch):
     assert [name for name, _ in hub.calls] == ["whoami"]
 
 
+def answer(status):
+    error = HfHubHTTPError.__new__(HfHubHTTPError)  # whose arguments changed with the releases
+    error.response = types.SimpleNamespace(status_code=status)
+    return error
+
+
 @pytest.mark.parametrize(
     ("fails", "error", "kind", "reason"),
     [
+        ("whoami", answer(401), InputError, "the hub refuses the token; run `hf auth login` again"),
+        ("whoami", answer(503), ResourceError, "the hub does not answer"),
         ("whoami", LocalTokenNotFoundError("none"), InputError, "not logged in; run `hf auth login`, or set HF_TOKEN"),
         ("whoami", OSError("no route"), ResourceError, r"the hub does not answer \(no route\)"),
         ("upload_folder", OSError("cut off"), ResourceError, r"did not take it \(cut off\); .*out is whole: hf upload"),
@@ -165,7 +174,8 @@ def test_a_file_that_is_no_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "revision"), [("a/b", None, None), ("a/b@v1", None, "v1"), ("a/b", "v2", "v2")]
+    ("name", "given", "revision"),
+    [("a/b", None, None), ("a/b@v1", None, "v1"), ("a/b", "v2", "v2"), ("a/b@refs/pr/3", None, "refs/pr/3")],
 )
 def test_an_id_with_a_revision(tmp_path, monkeypatch, name, given, revision):
     def snapshot(repo, revision, ignore_patterns):

@@ -29,11 +29,7 @@ def check_hub(repo: str) -> None:
     except LocalTokenNotFoundError as error:
         raise InputError(f"--push-to-hub {repo}: not logged in; run `hf auth login`, or set HF_TOKEN") from error
     except Exception as error:  # of every layer below
-        if (
-            isinstance(error, HfHubHTTPError)
-            and error.response is not None
-            and error.response.status_code in (401, 403)
-        ):
+        if isinstance(error, HfHubHTTPError) and getattr(error.response, "status_code", None) in (401, 403):
             raise InputError(f"--push-to-hub {repo}: the hub refuses the token; run `hf auth login` again") from error
         raise ResourceError(f"--push-to-hub {repo}: the hub does not answer ({reason(error)}); try again") from error
 
