@@ -236,7 +236,7 @@ def test_models_that_llama_cpp_would_run_otherwise_are_refused(changes, reason):
 
 
 def test_a_window_as_wide_as_the_context_changes_nothing():
-    facts.architecture({**LLAMA, "model_type": "mistral", "sliding_window": 64})
+    assert facts.architecture({**LLAMA, "model_type": "mistral", "sliding_window": 64}).name == "llama"
 
 
 def read_back(tmp_path, fill, name="llama"):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from trifold.compress.export_layers import layers_of
 from trifold.compress.packed_folder import PackedFolder
 from trifold.compress.requantize import Losses, Way, find_way, on_grids, parts_of
 from trifold.compress.tensor_file import Entry
@@ -44,10 +45,15 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufPlan:
+    """config: of transformers. kind: llama.cpp's architecture. losses: filled as tensors are loaded. notices: what the
+    user should know. engines: that load it."""
+
     config: Mapping[str, Any]
     kind: facts.Architecture
     tensors: list[GgufTensor]
     losses: Losses
+    notices: tuple[str, ...] = ()
+    engines: tuple[str, ...] = ("llama.cpp",)
 
     @property
     def layouts(self) -> dict[str, int]:
@@ -58,9 +64,12 @@ class GgufPlan:
         return {name: count for name, count in sorted(counts.items()) if count}
 
 
-def plan_gguf(source: PackedFolder, model: Any, packed: list[str], dense: Mapping[str, Entry], again: bool) -> GgufPlan:
-    """What will be written. model: without weights. packed: layers. dense: tensors of all others. again: whether to
-    round what cannot be held. Raises InputError for the first layer that is not held exactly, or not known."""
+def plan_gguf(source: PackedFolder, model: Any, again: bool) -> GgufPlan:
+    """What will be written. model: without weights. again: whether to round what cannot be held. Raises InputError for
+    the first layer that is not held exactly, or not known."""
+    _, packed, gone = layers_of(source, model)
+    without = source.packed_names() | gone
+    dense = {name: entry for name, entry in source.tensors.items() if name not in without}
     config = model.config.to_dict()
     kind, losses = facts.architecture(config), Losses()
     members: dict[str, list[tuple[str, int, int]]] = defaultdict(list)  # of a tensor: layer, its part, of how many
