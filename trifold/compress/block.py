@@ -1,4 +1,4 @@
-"""Compressing one decoder block: rewrite it, then solve its linears stage by stage."""
+"""Compressing one decoder block: gather statistics and solve its linears, stage by stage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,55 +20,19 @@ from trifold.compress.memory import ROOM, Room, give_back
 from trifold.compress.plan import LayerPlan, Plan
 from trifold.compress.runner import BlockRunner
 from trifold.compress.scratch import Release, keep, spill
-from trifold.compress.slicing import slice_attention
+from trifold.compress.seen import Seen
 from trifold.core.canonical import Canonical, Quantized, stacked, with_rounded_input
 from trifold.core.errors import CheckpointError
 from trifold.core.linears import set_weight, weight_of
-from trifold.core.method import BlockContext, BlockMethod, Bounds, LayerProblem, LayerSolution, Rewrite, Statistics
+from trifold.core.method import Bounds, LayerProblem, LayerSolution, Statistics
 from trifold.core.obs import NotFiniteError, relative_error
 from trifold.core.product import product
 from trifold.core.scheme import Scheme
-from trifold.core.statistics import AbsMax, AbsMean, Drift, Gram, Mean, Sample, Statistic
-from trifold.core.topology import Topology
-from trifold.formats import bits_per_weight, describe, digest, rounds_input
+from trifold.core.statistics import AbsMax, Drift, Gram, Statistic
+from trifold.formats import bits_per_weight, describe, rounds_input
 
 _ROWS_WORTH_SHARING = 16  # for each process: both factorise the same Gram matrix
 LayerDone = Callable[[str, dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What calibration found of one input. gram, drift: (in, in) float64. absmax, absmean, mean: (in,) float32. sample:
-    (tokens, in) float32. tokens: how many were seen."""
-
-    gram: torch.Tensor | None = None
-    drift: torch.Tensor | None = None
-    absmax: torch.Tensor | None = None
-    sample: torch.Tensor | None = None
-    absmean: torch.Tensor | None = None
-    mean: torch.Tensor | None = None
-    tokens: int = 0
-
-    def divided(self, divisor: torch.Tensor) -> Seen:
-        """The same of the input divided by (in,); the Gram matrix in place, for two may not fit."""
-        inverse = divisor.double().reciprocal()
-        gram = None if self.gram is None else self.gram.mul_(inverse).mul_(inverse[:, None])
-        absmax, sample, absmean, mean = (
-            None if t is None else t / divisor for t in (self.absmax, self.sample, self.absmean, self.mean)
-        )
-        return Seen(gram, None, absmax, sample, absmean, mean, self.tokens)
-
-    def holds(self, needs: set[type[Statistic]]) -> bool:
-        """Whether these statistics are among it."""
-        found = {Gram: self.gram, Drift: self.drift, AbsMax: self.absmax, Sample: self.sample}
-        found |= {AbsMean: self.absmean, Mean: self.mean}
-        return all(found.get(kind) is not None for kind in needs)
-
-    @classmethod
-    def of(cls, statistics: Statistics) -> Seen:
-        absmean = statistics.absmean if AbsMean in statistics else None
-        plain = (statistics.absmax, statistics.sample, absmean, statistics.mean, statistics.tokens)
-        return cls(statistics.gram, statistics.drift, *plain)
 
 
 class BlockCompressor:
@@ -110,84 +74,7 @@ class BlockCompressor:
         schemes = {name: self.layer_plan(name).scheme for name in names}
         return {name: scheme for name, scheme in schemes.items() if scheme is not None}
 
-    # -- block methods ---------------------------------------------------------------------------------
-
-    def rewrite(self, topology: Topology, carries: dict[str, Any]) -> None:
-        """Run the recipe's block methods. carries: what each passed on from the block before."""
-        for step, method, allowed in self.plan.rewrites:
-            again = True
-            while again:
-                context, leaders = self.context(method, allowed, topology)
-                first = self.runner.processes.writes  # only its sample of inputs counts
-                decided = method.rewrite(context, carries.get(step)) if first else None
-                change, carries[step] = self.runner.processes.same(decided, device=self.runner.device)
-                self._apply(change, {leader: Seen.of(s) for leader, s in context.statistics.items()}, leaders)
-                if method.cuts:
-                    self._cut(change, topology)
-                again = change.again
-        self._note_sizes()
-
-    def context(
-        self, method: BlockMethod, allowed: Container[str], topology: Topology
-    ) -> tuple[BlockContext, dict[str, str]]:
-        """What a block method is handed, with the statistics that it needs, and the leader of each linear's stage."""
-        chosen = [name for name in self.weights if self.prefix + name in allowed]
-        statistics = self._gather(chosen, (Gram, *method.gathers))
-        leaders = {name: stage[0] for stage in self.runner.stages for name in stage}
-        plans = {
-            name: self.plan.layers[self.prefix + name] for name in chosen if self.prefix + name in self.plan.layers
-        }
-        context = BlockContext(
-            topology=topology,
-            weights={name: self.weights[name].float() for name in chosen},
-            parameters=self._parameters(),
-            inputs={name: leaders[name] for name in chosen},
-            statistics={leaders[name]: statistics[leaders[name]] for name in chosen},
-            schemes={name: plan.scheme for name, plan in plans.items() if plan.scheme is not None},
-            replay=self._replay,
-            roundings={name: plan.input for name, plan in plans.items() if plan.input is not None},
-        )
-        return context, leaders
-
-    def _cut(self, change: Rewrite, topology: Topology) -> None:
-        """Give the attention the heads that a method left, and find out anew how the block runs."""
-        layout = topology.dimensions.attention
-        if change.heads is not None and layout is not None:
-            sliced = slice_attention(self.module, layout, change.heads)
-            name, index = self.prefix + layout.module, sliced.rotary_index
-            sizes = {"qk_dim": sliced.qk_dim, "v_dim": sliced.v_dim, "head_dim": layout.head_dim}
-            self.done.slices[name] = sizes
-            self.done.digests[name] = digest({} if index is None else {"rotary_index": index})
-        self.widths = {name: weight_of(m).shape[1] for name, m in self.runner.linears.items()}
-        self.runner = self.runner.anew(self.runner.linears)
-        self.seen = {}
-
-    def _note_sizes(self) -> None:
-        """Report the linears that a method may have cut, and go on with those that are solved."""
-        cut = [names for _, method, names in self.plan.rewrites if method.cuts]
-        for linear in [name for name in self.weights if any(self.prefix + name in names for names in cut)]:
-            name, of, module = self.prefix + linear, self.shapes[linear], self.runner.linears[linear]
-            self.done.slices[name] = {"shape": list(weight_of(module).shape), "of": list(of)}
-            if name in self.plan.layers:
-                continue
-            stored = module.get_parameter("weight").data
-            self.done.digests[name] = digest({"weight": stored})
-            errors = [event["error"] for event in self.events.get(linear, {}).values() if "error" in event]
-            self.done.report[name] = {
-                "error": max(errors, default=0.0),
-                "error_of": "output",
-                "bits_per_weight": 8 * stored.nbytes / (of[0] * of[1]),
-            }
-            self.layer_done(name, self.done.report[name])
-        solved = {
-            name: module for name, module in self.runner.linears.items() if self.prefix + name in self.plan.layers
-        }
-        if len(solved) < len(self.runner.linears):
-            self.weights = {name: self.weights[name] for name in solved}
-            self.widths = {name: self.widths[name] for name in solved}
-            self.runner = self.runner.anew(solved)
-
-    def _gather(self, names: Sequence[str], kinds: Sequence[type[Statistic]]) -> dict[str, Statistics]:
+    def gather(self, names: Sequence[str], kinds: Sequence[type[Statistic]]) -> dict[str, Statistics]:
         """One pass over the batches for the stages that hold these linears, by stage leader.
 
         What does not fit into memory together takes several passes, and waits in files. An expert that too few
@@ -218,40 +105,6 @@ class BlockCompressor:
         statistics = gather_in_waves(leaders)
         return statistics | gather_in_waves(self.experts.starving({name: s.tokens for name, s in statistics.items()}))
 
-    def _parameters(self) -> dict[str, torch.Tensor]:
-        solved = {name + ".weight" for name in self.widths}
-        return {name: p.data for name, p in self.module.named_parameters() if name not in solved}
-
-    @torch.no_grad()
-    def _replay(self, name: str, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        before = {layer: weight_of(self.runner.linears[layer]).clone() for layer in weights}
-        try:
-            for layer, weight in weights.items():
-                set_weight(self.runner.linears[layer], weight)
-            submodule, outputs = self.module.get_submodule(name), []
-            for args, kwargs in self.runner.sample(name):
-                out = submodule(*args, **kwargs)
-                outputs.append(out[0] if isinstance(out, tuple | list) else out)
-        finally:
-            for layer, weight in before.items():
-                set_weight(self.runner.linears[layer], weight)
-        return torch.cat([out.float().flatten(0, -2) for out in outputs])
-
-    def _apply(self, change: Rewrite, seen: dict[str, Seen], leaders: Mapping[str, str]) -> None:
-        parameters = dict(self.module.named_parameters())
-        for name, value in change.parameters.items():
-            parameters[name].data = value.to(parameters[name].dtype)
-        for name, weight in change.weights.items():
-            self.weights[name] = weight
-            set_weight(self.runner.linears[name], weight)
-        for name, divisor in change.divided.items():
-            if leaders[name] == name:
-                seen[name] = seen[name].divided(divisor)
-        self.seen = seen
-        self.bounds.update(change.bounds)
-        for name, event in change.events.items():
-            self.events.setdefault(name, {}).update(event)
-
     @contextmanager
     def rounded_inputs(self) -> Iterator[None]:
         """While it lasts, solved layers with an input scheme see rounded activations."""
@@ -269,12 +122,10 @@ class BlockCompressor:
         self.dense = BlockRunner(dense, linears, calls, hidden, self.room.remembered, release)
         return self.dense
 
-    # -- layer methods ---------------------------------------------------------------------------------
-
     def solve(self, true_sequential: bool) -> Compressed:
         """Solve every stage in order of execution; the module ends up with the dequantised weights."""
         if self.observed and not true_sequential and not self.seen:
-            gathered = self._gather(list(self.widths), (Gram, *self._needs(self.widths) - {Drift}))
+            gathered = self.gather(list(self.widths), (Gram, *self._needs(self.widths) - {Drift}))
             self.seen = {leader: Seen.of(s) for leader, s in gathered.items()}
         for wave in self.runner.waves:
             for stages in self._affordable(wave):
@@ -333,7 +184,7 @@ class BlockCompressor:
             else:
                 fresh[stage[0]] = needs
         kinds = sorted(set().union(*fresh.values()), key=lambda kind: kind.__name__)
-        gathered = self._gather(list(fresh), (Gram, *kinds))
+        gathered = self.gather(list(fresh), (Gram, *kinds))
         return found | {leader: Seen.of(statistics) for leader, statistics in gathered.items()}
 
     def _share_out(self, stages: Sequence[Sequence[str]], seen: Mapping[str, Seen]) -> dict[str, LayerSolution]:

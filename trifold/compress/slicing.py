@@ -50,6 +50,7 @@ def survey(walk: Walk) -> dict[str, Any]:
     """Step -> the carry that enters the first block, of the methods that cut. One pass over the dense blocks; the
     walk's hidden states stay as they are. Raises RecipeError if a budget cannot be met."""
     from trifold.compress.block import BlockCompressor
+    from trifold.compress.rewrite import context_of
 
     job, source = walk.job, walk.job.source
     methods = [entry for entry in job.plan.rewrites if entry[1].cuts]
@@ -71,7 +72,7 @@ def survey(walk: Walk) -> dict[str, Any]:
         for reason in why:
             uncut.setdefault(reason, []).append(str(index))
         contexts = [
-            compressor.context(method, names, replace(job.topology, dimensions=dimensions))[0]
+            context_of(compressor, method, names, replace(job.topology, dimensions=dimensions))[0]
             for _, method, names in methods
         ]
         after, alike, tokens = hidden[0], 0.0, 0

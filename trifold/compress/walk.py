@@ -14,6 +14,7 @@ from trifold.compress.capture import Call, Tail, capture_calls, own_state
 from trifold.compress.compressed import Compressed
 from trifold.compress.job import Job
 from trifold.compress.memory import ROOM, Room, give_back
+from trifold.compress.rewrite import rewrite_block
 from trifold.compress.runner import BlockRunner
 from trifold.compress.scratch import Slab
 from trifold.compress.tensor_file import Entry
@@ -183,7 +184,7 @@ class Walk:
         for name in runner.bypassed:
             job.report.notice(f"{prefix}{name}: its weight is used without calling it, so it stays dense")
         compressor = BlockCompressor(block, prefix, job.plan, runner, job.observed, job.report.layer, self.room)
-        compressor.rewrite(job.topology, self.carries)
+        rewrite_block(compressor, job.topology, self.carries)
         dense = None
         if self.dense:
             dense = compressor.follow_dense([calls[index] for calls in self.dense_calls], self.dense, self.release)
