@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import trifold
 from trifold.cli import main
 
 WORDS = ["<s>", "</s>", *(f"w{i}" for i in range(126))]
@@ -109,6 +110,23 @@ def save_model(folder: Path, family="llama", dtype=torch.float32, shard="5GB", *
     make_tokenizer().save_pretrained(folder)
     (folder / "LICENSE").write_text("Do as you like.\n")
     return folder
+
+
+def compressed_once(tmp_path_factory, save):
+    """make(recipe or preset, family, dtype, **config) -> a compressed folder, beside `dense`, which save(folder, family,
+    dtype, **config) writes; made once."""
+    made = {}
+
+    def make(chosen, family="llama", dtype=torch.float32, **config):
+        key = json.dumps([chosen, family, str(dtype), config], sort_keys=True)
+        if key not in made:
+            root = tmp_path_factory.mktemp("fold")
+            save(root / "dense", family, dtype, **config)
+            trifold.compress(root / "dense", chosen, None, root / "out", verbosity=-1)
+            made[key] = root / "out"
+        return made[key]
+
+    return make
 
 
 def write_text(path: Path, lines=40, words=50, seed=3) -> Path:

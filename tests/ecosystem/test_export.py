@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import trifold
-from tests.helpers import contents, save_model, trifold_cli
+from tests.helpers import compressed_once, contents, save_model, trifold_cli
 from trifold.compress import export as exporting
 from trifold.compress.packed_folder import open_packed
 from trifold.core.errors import CheckpointError, InputError
@@ -25,19 +25,7 @@ def recipe(bits=4, group_size=32, **rest):
 
 @pytest.fixture(scope="module")
 def folds(tmp_path_factory):
-    """folds(family, dtype, recipe or preset, **config) -> folder, made once."""
-    made = {}
-
-    def make(chosen, family="llama", dtype=torch.float32, **config):
-        key = json.dumps([chosen, family, str(dtype), config], sort_keys=True)
-        if key not in made:
-            root = tmp_path_factory.mktemp("fold")
-            save_model(root / "dense", family, dtype, **{**SIZES, **config})
-            trifold.compress(root / "dense", chosen, None, root / "out", verbosity=-1)
-            made[key] = root / "out"
-        return made[key]
-
-    return make
+    return compressed_once(tmp_path_factory, lambda *args, **config: save_model(*args, **{**SIZES, **config}))
 
 
 def logits(folder):

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import trifold
-from tests.helpers import FAMILIES, LLAMA_LIKE, contents, make_model, trifold_cli
+from tests.helpers import FAMILIES, LLAMA_LIKE, compressed_once, contents, make_model, trifold_cli
 from trifold.api import load_tokenizer
 from trifold.compress import export as exporting
 from trifold.compress.packed_folder import open_packed
@@ -47,22 +47,14 @@ def byte_tokenizer():
 
 @pytest.fixture(scope="module")
 def folds(tmp_path_factory):
-    """folds(recipe, family, dtype, **config) -> folder, made once."""
-    made = {}
 
-    def make(chosen, family="llama", dtype=torch.float32, **config):
-        key = json.dumps([chosen, family, str(dtype), config], sort_keys=True)
-        if key not in made:
-            root = tmp_path_factory.mktemp("fold")
-            sizes = {} if family in FAMILIES else {**LLAMA_LIKE, "num_experts_per_tok": 2}
-            make_model(family, dtype, **{**sizes, **SIZES, **config}).save_pretrained(root / "dense")
-            byte_tokenizer().save_pretrained(root / "dense")
-            (root / "dense" / "LICENSE").write_text("Do as you like.\n")
-            trifold.compress(root / "dense", chosen, None, root / "out", verbosity=-1)
-            made[key] = root / "out"
-        return made[key]
+    def save(folder, family, dtype, **config):
+        sizes = {} if family in FAMILIES else {**LLAMA_LIKE, "num_experts_per_tok": 2}
+        make_model(family, dtype, **{**sizes, **SIZES, **config}).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        (folder / "LICENSE").write_text("Do as you like.\n")
 
-    return make
+    return compressed_once(tmp_path_factory, save)
 
 
 def tensors_of(file):

@@ -2,7 +2,8 @@
 
 vLLM 0.33: Marlin, CompressedTensorsWNA16, CompressedTensorsW8A8Int8, CompressedTensorsW8A8Fp8. SGLang 0.5:
 CompressedTensorsWNA16 and its marlin_utils. transformers 5 with compressed-tensors 0.20, which dequantises. GPTQModel
-7.7: TorchLinear. Read in their sources, as is that fused layers and experts share one scheme.
+7.7: TorchLinear. The last two were run; of vLLM and SGLang these limits, and that fused layers and experts share one
+scheme, were read in sources of several versions up to those.
 """
 
 from __future__ import annotations
