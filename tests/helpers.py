@@ -113,8 +113,8 @@ def save_model(folder: Path, family="llama", dtype=torch.float32, shard="5GB", *
 
 
 def compressed_once(tmp_path_factory, save):
-    """make(recipe or preset, family, dtype, **config) -> a compressed folder, beside `dense`, which save(folder, family,
-    dtype, **config) writes; made once."""
+    """make(recipe or preset, family, dtype, **config) -> a compressed folder, beside `dense`, which save(folder,
+    family, dtype, **config) writes; made once."""
     made = {}
 
     def make(chosen, family="llama", dtype=torch.float32, **config):
