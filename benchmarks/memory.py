@@ -47,7 +47,8 @@ def measure(model: Path, recipe: str, calib: Path, work: Path, settings: dict[st
     )
     promised = json.loads(plan.stdout)
     output, text = work / "out", None if Recipe.load(recipe).data_free else str(calib)
-    shutil.rmtree(output, ignore_errors=True)
+    for left in (output, output.with_name("out.partial")):
+        shutil.rmtree(left, ignore_errors=True)
     arguments = json.dumps([str(model), recipe, text, str(output), settings])
     done = subprocess.run([sys.executable, "-c", _RUN, arguments], stdout=subprocess.PIPE, check=True)
     found = json.loads(done.stdout.splitlines()[-1])

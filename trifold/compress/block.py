@@ -25,7 +25,7 @@ from trifold.core.canonical import Canonical, Quantized, stacked, with_rounded_i
 from trifold.core.errors import CheckpointError
 from trifold.core.linears import set_weight, weight_of
 from trifold.core.method import Bounds, LayerProblem, LayerSolution, Statistics
-from trifold.core.obs import NotFiniteError, relative_error
+from trifold.core.obs import NotFiniteError, output_losses, ratio_of
 from trifold.core.product import product
 from trifold.core.scheme import Scheme
 from trifold.core.statistics import AbsMax, Drift, Gram, Statistic
@@ -266,7 +266,7 @@ class BlockCompressor:
         if any(self.prefix + name in tuned for _, _, tuned in self.plan.tuners):
             self.canonical[name], self.weights[name] = canonical, dense
         entry = {
-            "error": relative_error(dense.float(), weight, seen.gram) if self.runner.processes.writes else 0.0,
+            "error": self._error(dense, weight, seen.gram),
             "error_of": "output" if seen.gram is not None else "weight",
             "bits_per_weight": bits_per_weight(self.done.modules[self.prefix + name]),
             "seconds": round(seconds, 4),
@@ -276,6 +276,12 @@ class BlockCompressor:
         }
         self.done.report[self.prefix + name] = entry
         self.layer_done(self.prefix + name, entry)
+
+    def _error(self, dense: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor | None) -> float:
+        """`relative_error`, of which each process finds the share of some rows."""
+        processes = self.runner.processes
+        mine, approximation = (w.tensor_split(processes.size)[processes.rank] for w in (dense, weight))
+        return ratio_of(*processes.total(*output_losses(mine.float(), approximation, gram)))
 
     def replace(self, name: str, canonical: Canonical, event: Mapping[str, Any]) -> None:
         """Put another decision of the same structure in the place of a layer's."""

@@ -19,7 +19,7 @@ Decision = Callable[[int, torch.Tensor], torch.Tensor]
 DAMPING_GROWTH = 10.0
 DAMPING_TRIES = 6
 _ROWS = 256  # of a matrix that are converted at once
-_COLUMNS = 1024  # of a product that are summed up at once
+_COLUMNS = 512  # of a product that are summed up at once
 
 
 class NotFiniteError(ValueError):
@@ -184,23 +184,36 @@ def _fix(start: int, current: torch.Tensor, errors: torch.Tensor, factor: torch.
 def quadratic_loss(difference: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """tr(D H Dᵀ), a float64 scalar. difference: (out, in), whose dtype the products have; gram: (in, in), symmetric.
 
-    Some columns at a time, for neither H in another dtype nor D H has to be in memory as a whole.
+    Only the upper triangle of H is read, and half as much multiplied; some columns at a time, for neither H in another
+    dtype nor D H has to be in memory as a whole.
     """
     size = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     loss = torch.zeros((), dtype=torch.float64, device=gram.device)
-    for rows, part in zip(gram.split(_COLUMNS), difference.split(_COLUMNS, dim=1), strict=True):
-        product = difference @ _divided(rows, size, difference.dtype).T
-        loss += product.mul_(part).sum(dtype=torch.float64)
+    for start in range(0, len(gram), _COLUMNS):
+        stop = min(start + _COLUMNS, len(gram))
+        rows = _divided(gram[start:stop, start:], size, difference.dtype)
+        rows[:, stop - start :] *= 2  # each stands for its mirror, too
+        product = difference[:, start:] @ rows.T
+        loss += product.mul_(difference[:, start:stop]).sum(dtype=torch.float64)
     return loss * size
 
 
-def relative_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.Tensor | None) -> float:
-    """tr((W - Q) H (W - Q)ᵀ) / tr(W H Wᵀ): the squared output error over the squared output; H = I for None."""
+def output_losses(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.Tensor | None) -> tuple[float, float]:
+    """tr((W - Q) H (W - Q)ᵀ) and tr(W H Wᵀ), those of some rows being a share of the sums over all; H = I for None."""
 
     def loss(difference: torch.Tensor) -> float:
         if gram is None:
             return float(difference.square().sum(dtype=torch.float64))
         return float(quadratic_loss(difference, gram))
 
-    total, error = loss(weight), loss(weight - approximation)
+    return loss(weight - approximation), loss(weight)
+
+
+def ratio_of(error: float, total: float) -> float:
+    """The first of `output_losses` over the second."""
     return max(error, 0.0) / total if total > 0 else float(error > 0)
+
+
+def relative_error(weight: torch.Tensor, approximation: torch.Tensor, gram: torch.Tensor | None) -> float:
+    """tr((W - Q) H (W - Q)ᵀ) / tr(W H Wᵀ): the squared output error over the squared output; H = I for None."""
+    return ratio_of(*output_losses(weight, approximation, gram))
