@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from trifold.core.obs import damped, inverse_cholesky, quadratic_loss, relative_error, sweep
+from trifold.core.obs import (
+    all_finite,
+    damped,
+    inverse_cholesky,
+    invert_lower_,
+    output_losses,
+    quadratic_loss,
+    relative_error,
+    sweep,
+)
 
 
 def gram(features, tokens, seed=0):
@@ -61,6 +70,47 @@ def test_the_ledger_is_exact(columns, ratio):
     assert torch.allclose(loss, per_row, rtol=1e-6)
     assert loss.sum().item() == pytest.approx(quadratic_loss(difference, loaded).item(), rel=1e-6)
     assert torch.equal(decided, nearest(0, decided))
+
+
+@pytest.mark.parametrize("size", [1, 2, 256, 257, 601, 1031])
+@pytest.mark.parametrize("by_column", [False, True])
+def test_triangles_are_inverted_in_place(size, by_column):
+    lower = torch.linalg.cholesky(gram(size, 2 * size))
+    inverse = lower.T.contiguous().clone().T if by_column else lower.contiguous().clone()
+    assert invert_lower_(inverse) is inverse
+    assert torch.equal(inverse, inverse.tril())
+    unit = torch.eye(size, dtype=torch.float64)
+    assert torch.allclose(inverse @ lower, unit, atol=1e-9) and torch.allclose(lower @ inverse, unit, atol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_what_is_not_finite_is_found(bad, dtype):
+    matrix = torch.ones(7, 5, dtype=dtype)
+    for tensor in (matrix, matrix.T, matrix[:, 1], matrix[:, :3], torch.empty(0, 5)):
+        assert all_finite(tensor)
+    matrix[3, 1] = bad
+    for tensor in (matrix, matrix.T, matrix[:, 1], matrix[:, :3], matrix[3, 1]):
+        assert not all_finite(tensor)
+    assert all_finite(matrix[:, 2:])
+
+
+def test_what_overflows_another_dtype_is_found():
+    values = torch.tensor([1.0, -65520.0])  # rounds to float16's infinity
+    assert all_finite(values) and all_finite(values, torch.bfloat16) and not all_finite(values, torch.float16)
+    assert all_finite(torch.tensor([65519.0]), torch.float16)
+
+
+@pytest.mark.parametrize("columns", [3, 512, 513, 1100])
+def test_losses_are_sums_over_rows(columns):
+    h, weight = gram(columns, 2 * columns), random_weight(5, columns)
+    rounded = nearest(0, weight)
+    difference = weight - rounded
+    expected = [float(((d @ h) * d).sum()) for d in (difference, weight)]
+    assert output_losses(weight, rounded, h) == pytest.approx(expected, rel=1e-9)
+    parts = [output_losses(w, r, h) for w, r in zip(weight.split(2), rounded.split(2), strict=True)]
+    assert [sum(p) for p in zip(*parts, strict=True)] == pytest.approx(expected, rel=1e-9)
+    assert relative_error(weight, rounded, h) == pytest.approx(expected[0] / expected[1], rel=1e-9)
 
 
 @pytest.mark.parametrize("block", [1, 3, 16, 100, 172, 1000])

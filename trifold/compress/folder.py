@@ -20,6 +20,7 @@ from trifold.compress.integration.auto import auto_class, is_known
 from trifold.compress.source import Source, materialise_buffers, tower_notice
 from trifold.compress.tensor_file import read_ahead, read_parts
 from trifold.core.errors import CheckpointError, InputError, ResourceError
+from trifold.core.obs import all_finite
 from trifold.core.topology import find_blocks
 from trifold.kernels import is_stacked
 
@@ -212,9 +213,9 @@ class FolderSource(Source):
                 for key, part in read_parts(file, keys):
                     if not part.is_floating_point():
                         continue
-                    if not torch.isfinite(part).all():
+                    if not all_finite(part):
                         raise CheckpointError(f"{file}: {key} holds NaN or infinity; repair the model first")
-                    if not torch.isfinite(part.to(self.dtype)).all():
+                    if not all_finite(part, self.dtype):
                         raise InputError(f"{file}: {key} overflows {self.dtype}; choose dtype bfloat16 or float32")
             except OSError as error:
                 raise CheckpointError(f"{file}: cannot be read ({error.strerror}); copy the model again") from error

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from trifold.core.errors import CheckpointError, InputError
+from trifold.core.obs import all_finite
 from trifold.core.topology import find_blocks, towers
 
 
@@ -117,7 +118,7 @@ class LiveSource(Source):
 
     def check_finite(self) -> None:
         for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
+            if not all_finite(parameter.detach()):
                 raise CheckpointError(f"{name} holds NaN or infinity; repair the model first")
 
     def fingerprint(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ DAMPING_GROWTH = 10.0
 DAMPING_TRIES = 6
 _ROWS = 256  # of a matrix that are converted at once
 _COLUMNS = 512  # of a product that are summed up at once
+_SMALL = 256  # rows of a triangle that is not halved any more
 
 
 class NotFiniteError(ValueError):
@@ -74,7 +75,7 @@ def inverse_cholesky(
     H is not positive definite; at last H is replaced by its diagonal, so a finite Gram never fails. Raises
     NotFiniteError if the Gram holds NaN or infinity.
     """
-    if not _finite(gram):
+    if not all_finite(gram):
         raise NotFiniteError("the calibration statistics hold NaN or infinity")
     order = torch.arange(len(gram), device=gram.device) if order is None else order
     dead = int((gram.diagonal() <= 0).sum())
@@ -87,7 +88,7 @@ def inverse_cholesky(
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         if info == 0:
             inverse = invert_lower_(lower)
-            if _finite(inverse):
+            if all_finite(inverse):
                 return _reversed(inverse, dtype), Damping(tried, attempt + 1, dead)
     diagonal = damped(gram, ratio).diagonal()[order]
     factor = torch.diag(diagonal.clamp(min=torch.finfo(torch.float64).tiny).rsqrt()).to(dtype)
@@ -103,20 +104,50 @@ def _reversed(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return found
 
 
-def invert_lower_(lower: torch.Tensor, block: int = 256) -> torch.Tensor:
-    """The inverse of a lower triangular (n, n), in its place.
+def invert_lower_(lower: torch.Tensor) -> torch.Tensor:
+    """The inverse of a lower triangular (n, n), whose upper triangle holds zeros, in its place.
 
-    Block columns from last to first: below the diagonal block L_jj, X = -(what is inverted already) L_ij L_jj^-1.
+    By halves: of [[A, 0], [C, B]] it is [[A^-1, 0], [-B^-1 C A^-1, B^-1]]. No product meets a large block of zeros.
     """
-    for start in range((len(lower) - 1) // block * block, -1, -block):
-        stop = min(start + block, len(lower))
-        diagonal, below = lower[start:stop, start:stop], lower[stop:, start:stop]
-        inverse = torch.linalg.solve_triangular(
-            diagonal, torch.eye(stop - start, dtype=lower.dtype, device=lower.device), upper=False
-        )
-        below.copy_((lower[stop:, stop:] @ below) @ inverse.neg())
-        diagonal.copy_(inverse)
+    if len(lower) <= _SMALL:
+        unit = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        return lower.copy_(torch.linalg.solve_triangular(lower, unit, upper=False))
+    first, corner, last = _quarters(lower)
+    invert_lower_(first)
+    invert_lower_(last)
+    _lower_times_(last, corner)
+    _times_lower_(corner, first)
+    corner.neg_()
     return lower
+
+
+def _quarters(lower: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    half = len(lower) // 2
+    return lower[:half, :half], lower[half:, :half], lower[half:, half:]
+
+
+def _lower_times_(lower: torch.Tensor, matrix: torch.Tensor) -> None:
+    """matrix = lower @ matrix, in its place: the last rows first, for they need the others as they were."""
+    if len(lower) <= _SMALL:
+        matrix.copy_(lower @ matrix)
+        return
+    first, corner, last = _quarters(lower)
+    above, below = matrix.tensor_split([len(first)])
+    _lower_times_(last, below)
+    below.addmm_(corner, above)
+    _lower_times_(first, above)
+
+
+def _times_lower_(matrix: torch.Tensor, lower: torch.Tensor) -> None:
+    """matrix = matrix @ lower, in its place."""
+    if len(lower) <= _SMALL:
+        matrix.copy_(matrix @ lower)
+        return
+    first, corner, last = _quarters(lower)
+    before, after = matrix.tensor_split([len(first)], dim=1)
+    _times_lower_(before, first)
+    before.addmm_(after, corner)
+    _times_lower_(after, last)
 
 
 def scaled(gram: torch.Tensor, ratio: float, dtype: torch.dtype) -> torch.Tensor:
@@ -127,10 +158,12 @@ def scaled(gram: torch.Tensor, ratio: float, dtype: torch.dtype) -> torch.Tensor
     return h
 
 
-def _finite(matrix: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite, without a matrix of answers."""
-    matrix = matrix if matrix.is_contiguous() else matrix.T  # which aminmax would make a copy of
-    return all(bool(torch.isfinite(extreme)) for extreme in matrix.aminmax())
+def all_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether no element is NaN or infinite, once rounded to `dtype` if one is given. Makes no tensor of answers."""
+    if not tensor.numel():
+        return True
+    tensor = tensor.mT if tensor.ndim == 2 and not tensor.is_contiguous() else tensor  # which aminmax would copy
+    return all(bool(torch.isfinite(extreme.to(dtype or tensor.dtype))) for extreme in tensor.aminmax())
 
 
 def _divided(matrix: torch.Tensor, divisor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

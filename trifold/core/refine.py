@@ -59,9 +59,9 @@ def refit_scales(
     starts = range(0, columns, width)
     right = _group_sums((weight @ hessian).mul_(levels), width)
     system = torch.empty(len(weight), len(starts), len(starts), dtype=torch.float64, device=weight.device)
-    for j, b in enumerate(starts):
-        product = levels[:, b : b + width] @ hessian[b : b + width]
-        system[:, :, j] = _group_sums(product.mul_(levels), width)
+    for j, b in enumerate(starts):  # each row is symmetric
+        product = levels[:, b : b + width] @ hessian[b : b + width, b:]
+        system[:, j:, j] = system[:, j, j:] = _group_sums(product.mul_(levels[:, b:]), width)
     ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(1) + 1e-30
     damped = system + ridge[:, None, None] * torch.eye(len(starts), dtype=torch.float64, device=weight.device)
     solution = torch.linalg.solve_ex(damped, right.double().unsqueeze(-1))[0].squeeze(-1).float()
@@ -77,7 +77,9 @@ def refit_scales(
 
 def _group_sums(matrix: torch.Tensor, width: int) -> torch.Tensor:
     """(rows, in) -> (rows, groups)."""
-    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % width)).unflatten(1, (-1, width)).sum(-1)
+    short = -matrix.shape[1] % width
+    matrix = torch.nn.functional.pad(matrix, (0, short)) if short else matrix  # which would copy even for nothing
+    return matrix.unflatten(1, (-1, width)).sum(-1)
 
 
 def descend(
