@@ -153,14 +153,17 @@ class Sparse(Canonical):
             raise ValueError(f"mask does not follow the pattern {self.pattern!r}")
 
     def _holds(self) -> bool:
-        pattern, columns = Pattern.parse(self.pattern), self.mask.shape[1]
+        pattern = Pattern.parse(self.pattern)
+        mask = self.mask[:1] if self.mask.stride(0) == 0 else self.mask  # one row stands for all
         if pattern.size == 1:
             return True
-        counts = pattern.group_scores(self.mask.int())
-        if pattern.keep:
-            return bool((counts <= pattern.keep).all())
-        whole = torch.tensor([min(pattern.size, columns - at) for at in range(0, columns, pattern.size)])
-        return bool(((counts == 0) | (counts == whole.to(counts.device))).all())
+        if not pattern.keep:
+            return torch.equal(mask, pattern.expand(mask[:, :: pattern.size], mask.shape[1]))
+        counts = torch.zeros(mask[:, :: pattern.size].shape, dtype=torch.int16, device=mask.device)
+        for place in range(pattern.size):
+            there = mask[:, place :: pattern.size]
+            counts[:, : there.shape[1]] += there
+        return bool((counts <= pattern.keep).all())
 
     @property
     def shape(self) -> tuple[int, int]:

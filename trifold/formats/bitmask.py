@@ -49,7 +49,7 @@ class BitmaskFormat(SparseFormat):
             "format": "bitmask",
             "shape": list(canonical.shape),
             "pattern": canonical.pattern,
-            "survivors": int(canonical.mask.sum()),
+            "survivors": int(canonical.mask.count_nonzero()),
             **values_spec(canonical.values),
         }
 

@@ -70,7 +70,7 @@ class GroupSparseFormat(SparseFormat):
         spec = {"format": "group_sparse_int", "shape": list(canonical.shape), **values_spec(canonical.values)}
         kept = canonical.mask[:, :: spec["group_size"]]
         levels = {"scale_bits": 8} if _two_levels(canonical.values, kept) is not None else {}
-        return spec | levels | {"groups": int(kept.sum())}
+        return spec | levels | {"groups": int(kept.count_nonzero())}
 
     def label(self, spec: Spec) -> str:
         share = 1 - spec["groups"] / (spec["shape"][0] * groups_in_row(spec))

@@ -52,7 +52,7 @@ class Sparse24Format(SparseFormat):
         assert isinstance(canonical, Sparse)
         if canonical.pattern != "2:4" or canonical.shape[1] % 4:
             return False
-        return bool((canonical.mask.unflatten(1, (-1, 4)).sum(-1) == 2).all())
+        return 2 * int(canonical.mask.count_nonzero()) == canonical.mask.numel()  # none of the fours has more
 
     def describe(self, canonical: Canonical) -> Spec:
         assert isinstance(canonical, Sparse)
