@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from common import RESULTS, machine, markdown, save
-from cpu_kernels import clock, copies, packed
+from cpu_kernels import copies, packed, steady
 from torch.nn.functional import linear
 
 from trifold.core.canonical import Canonical, Dense, Quantized, Sparse
@@ -46,11 +45,6 @@ def sparse(size: int, pattern: str, share: float, scheme: Scheme | None) -> tupl
     weight = Sparse(values, mask, pattern).normalized()
     form = FORMATS.get(format_for(weight))
     return form.pack(weight), form.describe(weight)
-
-
-def steady(run: Callable[[Any, torch.Tensor], Any], weights: list[Any], x: torch.Tensor, seconds: float) -> float:
-    """The best of three medians, since other tenants of a machine disturb whole seconds."""
-    return min(clock(run, weights, x, seconds / 3) for _ in range(3))
 
 
 def times(name: str, weight: tuple[Tensors, dict[str, Any]], dtype: torch.dtype, seconds: float) -> dict[str, Any]:
