@@ -34,7 +34,10 @@ PATTERNS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "2:4": {"patte
 
 def rounded(method: str, bits: int, group: int, **options: Any) -> dict[str, Any]:
     """A step that rounds."""
-    return {"method": method, "scheme": {"bits": bits, "group_size": group}, "options": options}
+    scheme = {"bits": bits, "group_size": group} | (
+        {"symmetric": True} if method == "gqsa" else {}
+    )  # as presets have it
+    return {"method": method, "scheme": scheme, "options": options}
 
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -155,7 +155,8 @@ def test_presets_with_fewer_weights():
     assert first("s24-alps") == first("s24") == (ALPS(pattern="2:4"), None)
     assert first("w4-s24") == first("w4a16-s24-alps") == (ALPS(pattern="2:4"), Scheme(4, 128))
     assert first("w4-s24-sparsegpt") == (SparseGPT(pattern="2:4"), Scheme(4, 128))
-    assert first("w4-s50-gqsa") == first("w4-s50") == (GQSA(0.5), Scheme(4, 16))
+    assert first("w4-s50-gqsa") == first("w4-s50") == (GQSA(0.5), Scheme(4, 16, symmetric=True))
+    assert first("w4-s50-gqsa-recovered-published") == (GQSA(0.5), Scheme(4, 16))
     assert first("w3-s30-wanda") == (Wanda(0.3), Scheme(3, 128))
     assert Recipe.load("s70-magnitude").data_free and not Recipe.load("s70").data_free
     for name, why in (("s50-gqsa", "rounds what stays; write w4-s50-gqsa"), ("w4-s24-gqsa", "drops groups")):
