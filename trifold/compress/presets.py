@@ -148,10 +148,8 @@ def _sparse_steps(name: str, match: re.Match[str]) -> list[dict[str, Any]]:
     step: dict[str, Any] = {"method": method, "options": options}
     if match["weight"]:
         step["scheme"] = {"bits": int(match["weight"]), "group_size": GQSA_GROUP if method == "gqsa" else 128}
-    if (
-        method == "gqsa" and not match["published"]
-    ):  # zero-points of small groups cost more bits and time than they gain
-        step["scheme"]["symmetric"] = True
+    if method == "gqsa" and not match["published"]:
+        step["scheme"]["symmetric"] = True  # zero-points of small groups cost more bits and time than they gain
     if not match["tuned"]:
         return [step]
     if not match["published"]:
