@@ -34,9 +34,7 @@ PATTERNS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "2:4": {"patte
 
 def rounded(method: str, bits: int, group: int, **options: Any) -> dict[str, Any]:
     """A step that rounds."""
-    scheme = {"bits": bits, "group_size": group} | (
-        {"symmetric": True} if method == "gqsa" else {}
-    )  # as presets have it
+    scheme: dict[str, Any] = {"bits": bits, "group_size": group, "symmetric": method == "gqsa"}  # as presets have it
     return {"method": method, "scheme": scheme, "options": options}
 
 
