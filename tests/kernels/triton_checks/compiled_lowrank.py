@@ -1,6 +1,6 @@
 """Compiles the kernel of low rank as `compiled.py` does the others.
 
-Weights are those of a tile of the loop that is longest: the left factor's where it is packed, else the base's.
+Weights are those of a tile of the loop whose tiles are larger, or of the left factor's loop if they are the same.
 """
 
 import sys
@@ -10,12 +10,27 @@ import compiled
 from compiled import Case, numbers
 
 from trifold.kernels.low_rank import kernel, ops
-from trifold.kernels.weight_only.planes.configs import choose
 from trifold.kernels.weight_only.planes.layout import SLOT, layout_of
 
 compiled.TYPES.update({"z": "*fp32", "places": "*i64", "left_scale": "*bf16", "left_zero": "*u8"})
 PLAIN = {"z": "*bf16", "l0": "*bf16", "l1": "*bf16", "l2": "*bf16"}
 PACKED = {"z": "*fp32", "l0": "*i16", "l1": "*i16", "l2": "*i16"}
+
+FORMS = {
+    "sum": (True, True, False),
+    "sum plain": (True, False, False),
+    "chain": (False, True, False),
+    "pivots": (False, True, True),
+    "pivots plain": (False, False, True),
+}
+"""Whether there is a packed base, a packed left factor, places."""
+SUMS = ((1, 4), (2, 3), (3, 2), (3, 3), (3, 4), (4, 4), (5, 4), (6, 6), (7, 4), (7, 5), (8, 4))
+"""Bits of the base and of the left factor."""
+SELECTED = {
+    80: ("sum int4+4 m8",),
+    89: ("sum int2+3 m8",),
+    90: ("sum int4+4 m8", "sum plain int4 m8", "pivots int4 m8"),
+}
 
 
 def packed(bits):
@@ -24,31 +39,27 @@ def packed(bits):
 
 
 def cases():
-    for bits in (2, 3, 4, 8):
-        for tokens in (8, 16) if bits == 4 else (8,):
-            config = choose(bits, tokens)
-            options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": ops.REGISTERS}
-            for name, base, left, placed in (
-                ("sum", True, True, False),
-                ("sum plain", True, False, False),
-                ("chain", False, True, False),
-                ("pivots", False, True, True),
-                ("pivots plain", False, False, True),
-            ):
-                if bits != 4 and name != "sum":
-                    continue
-                compiled.TYPES.update(PACKED if left else PLAIN)
-                constants = packed(bits) | {f"LEFT_{name}": value for name, value in packed(bits).items()}
-                constants |= {"BASE": base, "PACKED": left, "PLACED": placed, "BIAS": True, "SHARED": base}
-                constants |= {"BN": config.bn, "BM": config.bm}
-                usual = bits == 4 and tokens == 8
-                selected = {
-                    80: usual and name == "sum",
-                    89: False,
-                    90: usual and name in ("sum", "sum plain", "pivots"),
-                }
-                weights = config.bn * (layout_of(bits).tile if base or left else SLOT)
-                yield Case(f"low rank {name} int{bits} m{tokens}", kernel.finish, constants, options, weights, selected)
+    wanted = [("sum", *bits) for bits in SUMS] + [("chain", bits, bits) for bits in range(1, 9)]
+    wanted += [(form, 4, 4) for form in FORMS if form not in ("sum", "chain")]
+    seen = set()
+    for tokens in (8, 16):
+        for form, base_bits, left_bits in wanted:
+            base, left, placed = FORMS[form]
+            config = ops.tiles_for(base_bits if base else None, left_bits if left else None, tokens)
+            if (form, base_bits, left_bits, config) in seen:
+                continue
+            seen.add((form, base_bits, left_bits, config))
+            compiled.TYPES.update(PACKED if left else PLAIN)
+            constants = packed(base_bits) | {f"LEFT_{name}": value for name, value in packed(left_bits).items()}
+            constants |= {"BASE": base, "PACKED": left, "PLACED": placed, "BIAS": True, "SHARED": base}
+            constants |= {"BN": config.bn, "BM": config.bm}
+            options = {"num_warps": config.warps, "num_stages": config.stages, "maxnreg": config.registers}
+            bits = f"{base_bits}+{left_bits}" if form == "sum" else str(base_bits)
+            name = f"{form} int{bits} m{tokens}"
+            slots = [layout_of(there).slots for there, has in ((base_bits, base), (left_bits, left)) if has]
+            selected = {architecture: name in names for architecture, names in SELECTED.items()}
+            weights = config.bn * SLOT * max(slots, default=1)
+            yield Case(f"low rank {name}", kernel.finish, constants, options, weights, selected)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def _packed(
     p1 = p1_ptr + inner
     p2 = p2_ptr + inner
     total = tl.zeros((BN, BM), dtype=tl.float32)
-    for tile in range(TILES):
+    # of tiles of 512 inputs there are too few for a pipeline
+    for tile in tl.range(TILES, num_stages=1 if SLOTS == 16 else None):
         t = total
         seen = tl.zeros((_SLOT, BM), dtype=tl.float32)
         for j in tl.static_range(SLOTS):

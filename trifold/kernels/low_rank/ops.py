@@ -78,9 +78,25 @@ class _Planes(NamedTuple):
         return self.layout.tiles(in_features) * self.layout.tile, self.flush, step
 
 
-REGISTERS = 255
-"""Of a thread; two loops need more than the one that tiles were chosen for."""
+_REGISTERS = 255  # two loops need more than the one that tiles were chosen for
+_MOST_SLOTS = 16  # of a tile
 _ABSENT = Kind(4, 128, "int", 0.0, False)
+
+
+def tiles_for(base: int | None, left: int | None, tokens: int) -> Config:
+    """Of the last product, by the bits of a packed base and of a packed left factor.
+
+    The more slots a tile has, the more registers its loop wants, and the left factor's more than the other, since it
+    rounds z to fp16 slot by slot: fewer tokens leave them, or more threads among which what is not weights is divided.
+    """
+    both = [bits for bits in (base, left) if bits]
+    base_slots, left_slots = (layout_of(bits).slots if bits else 0 for bits in (base, left))
+    tokens = min(tokens, 8) if left_slots >= 8 else tokens
+    if left_slots == _MOST_SLOTS or (base_slots == _MOST_SLOTS and tokens > 8):
+        found = [choose(bits, tokens) for bits in both]
+        stages = 2 if base_slots == left_slots else 3
+        return Config(2 * min(config.bn for config in found), found[0].bm, 4, stages, _REGISTERS)
+    return choose(both[0] if both else 4, tokens)._replace(registers=_REGISTERS)
 
 
 @torch.library.custom_op("trifold::low_rank_linear", mutates_args=())
@@ -112,7 +128,7 @@ def low_rank_linear(
     main, after = (found or _Planes.of([x, x], _ABSENT.text) for found in (whole, second))
     rows, rank = _rows(left), right[0].shape[0] if first is None else first.out_features
     y = x.new_empty(tokens, rows if places is None else len(places))
-    config = choose((whole or after).kind.bits, tokens)._replace(registers=REGISTERS)
+    config = tiles_for(whole and whole.kind.bits, second and second.kind.bits, tokens)
     m_blocks, parts = triton.cdiv(tokens, config.bm), 1
     blocks = m_blocks * triton.cdiv(rows, config.bn)
     if whole is not None:
