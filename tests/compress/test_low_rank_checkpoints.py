@@ -7,11 +7,11 @@ import torch
 
 import trifold
 from tests.helpers import contents, make_tokenizer, trifold_cli
-from trifold.compress import journal, pipeline
+from trifold.compress import journal, pipeline, proof
 from trifold.compress.estimate import estimate_model
 from trifold.compress.recipe import Recipe
 from trifold.core.canonical import Quantized
-from trifold.core.errors import RecipeError
+from trifold.core.errors import ProofError, RecipeError
 from trifold.formats import stored_bytes
 from trifold.kernels import PackedLinear
 
@@ -79,6 +79,17 @@ def test_the_same_bytes_again_and_in_16_bits(tmp_path, tiny, text):
     for name in ("a", "b"):
         trifold.compress(tiny("llama", torch.bfloat16), "rank80", text, tmp_path / name, **SMALL)
     assert without_report(tmp_path / "a") == without_report(tmp_path / "b")
+
+
+def test_a_proof_allows_what_plain_products_round_between_factors_and_no_more(tmp_path, tiny, text, monkeypatch):
+    monkeypatch.setattr(proof, "RELATIVE_L2", 1e-4)
+    model = tiny("llama", torch.bfloat16)
+    trifold.compress(model, "rank80", text, tmp_path / "right", **SMALL)
+    multiply = PackedLinear.multiply
+    monkeypatch.setattr(PackedLinear, "multiply", lambda self, x, bias=None: 1.05 * multiply(self, x, bias))
+    with pytest.raises(ProofError, match=r"model\.layers\.0: hidden states from disk differ .*limit [1-9]\.\de-0[234]"):
+        trifold.compress(model, "rank80", text, tmp_path / "wrong", **SMALL)
+    assert not (tmp_path / "wrong").exists()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from trifold.core.method import METHODS, LayerMethod, LayerProblem
 from trifold.core.scheme import SCALE_DTYPES, ScaleDtype, Scheme
 from trifold.lowrank.metric import Metric
 
-_SWAPS = 256  # of pivot rows for others, at most
+_SWAPS = 4096  # of pivot rows for others, at most
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _refitted(target: torch.Tensor, left: torch.Tensor, stored: Canonical, metri
     return found if better else left
 
 
-def pivots(basis: torch.Tensor, largest: float = 4.0) -> tuple[torch.Tensor, torch.Tensor]:
+def pivots(basis: torch.Tensor, largest: float = 1.05) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of an orthonormal basis (out, rank) of which the others are combinations with small coefficients.
 
     Returns their numbers (rank,) int64, rising, and the coefficients of the others, (out - rank, rank). Gaussian
@@ -129,15 +129,16 @@ def pivots(basis: torch.Tensor, largest: float = 4.0) -> tuple[torch.Tensor, tor
     chosen, others = order[:rank].clone(), order[rank:].clone()
     coefficients = torch.linalg.solve(basis[chosen].T, basis[others].T).T
     for _ in range(_SWAPS if count > rank else 0):
-        place = int(coefficients.abs().argmax())
+        extremes = torch.stack([coefficients.argmax(), coefficients.argmin()])
+        place = int(extremes[coefficients.flatten()[extremes].abs().argmax()])
         row, column = divmod(place, rank)
-        pivot = coefficients[row, column].clone()
-        if abs(float(pivot)) <= largest:
+        pivot = float(coefficients[row, column])
+        if abs(pivot) <= largest:
             break
         above, beside = coefficients[row].clone(), coefficients[:, column].clone()
         above[column] -= 1
         beside[row] += 1
-        coefficients -= torch.outer(beside, above) / pivot
+        coefficients.addr_(beside, above, alpha=-1 / pivot)
         chosen[column], others[row] = others[row].clone(), chosen[column].clone()
     chosen, places = chosen.sort()
     others, lines = others.sort()
