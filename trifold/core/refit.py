@@ -77,4 +77,5 @@ def aiming(shapes: Sequence[tuple[int, int]], damping: float, strength: float, t
     gram = 8 * width**2
     if not strength:
         return bool(damping) * gram + then
-    return bool(damping) * gram + max(gram + 24 * largest, 4 * largest + then)
+    aimed = gram + max(gram + 16 * largest, 24 * largest)  # torch copies the factor that it solves with
+    return bool(damping) * gram + max(aimed, 4 * largest + then)

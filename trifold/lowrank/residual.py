@@ -10,7 +10,7 @@ best one is kept.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from trifold.core.allocation import Option
 from trifold.core.canonical import Canonical, Sum
 from trifold.core.errors import RecipeError, unknown_name
 from trifold.core.method import METHODS, Budget, LayerMethod, LayerProblem, LayerSolution
-from trifold.core.refit import toward_dense
+from trifold.core.refit import aiming, toward_dense
 from trifold.core.scheme import ScaleDtype, Scheme
 from trifold.core.statistics import Drift, Gram, Statistic
 from trifold.formats import describe, stored_bytes
@@ -161,6 +161,11 @@ class Residual(LayerMethod):
     def sketch(self, shape: tuple[int, int], scheme: Scheme | None) -> Canonical:
         base, rank = self._base().sketch(shape, scheme), self.rank_of(shape)
         return Sum((base, self._layout().sketch(shape, rank))) if rank else base
+
+    def workspace(self, shapes: Sequence[tuple[int, int]]) -> int:
+        rest = 4 * sum(out * width for out, width in shapes)
+        then = rest + max(self._base().workspace(shapes), *map(Metric.workspace, shapes))
+        return aiming(shapes, self.damping, self.dense_targets, then)
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
         assert problem.gram is not None
