@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import trifold.compress.recipe  # noqa: F401  knows all methods
 from tests.sparsity.problems import correlated
 from trifold.core.canonical import Chain, LowRank
 from trifold.core.obs import NotFiniteError

@@ -129,9 +129,8 @@ def pivots(basis: torch.Tensor, largest: float = 1.05) -> tuple[torch.Tensor, to
     chosen, others = order[:rank].clone(), order[rank:].clone()
     coefficients = torch.linalg.solve(basis[chosen].T, basis[others].T).T
     for _ in range(_SWAPS if count > rank else 0):
-        extremes = torch.stack([coefficients.argmax(), coefficients.argmin()])
-        place = int(extremes[coefficients.flatten()[extremes].abs().argmax()])
-        row, column = divmod(place, rank)
+        extremes = [divmod(int(place), rank) for place in (coefficients.argmax(), coefficients.argmin())]
+        row, column = max(extremes, key=lambda place: abs(float(coefficients[place])))
         pivot = float(coefficients[row, column])
         if abs(pivot) <= largest:
             break
