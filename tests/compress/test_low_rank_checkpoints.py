@@ -81,15 +81,26 @@ def test_the_same_bytes_again_and_in_16_bits(tmp_path, tiny, text):
     assert without_report(tmp_path / "a") == without_report(tmp_path / "b")
 
 
-def test_a_proof_allows_what_plain_products_round_between_factors_and_no_more(tmp_path, tiny, text, monkeypatch):
+@pytest.mark.parametrize("wrong", [None, "a kernel", "a norm"])
+def test_a_proof_allows_what_plain_products_round_between_factors(tmp_path, tiny, text, monkeypatch, wrong):
+    def damaged(self, prefix, inside=True):
+        found = tensors(self, prefix, inside)
+        return {name: 1.05 * values if name.endswith("norm.weight") else values for name, values in found.items()}
+
     monkeypatch.setattr(proof, "RELATIVE_L2", 1e-4)
-    model = tiny("llama", torch.bfloat16)
-    trifold.compress(model, "rank80", text, tmp_path / "right", **SMALL)
-    multiply = PackedLinear.multiply
-    monkeypatch.setattr(PackedLinear, "multiply", lambda self, x, bias=None: 1.05 * multiply(self, x, bias))
-    with pytest.raises(ProofError, match=r"model\.layers\.0: hidden states from disk differ .*limit [1-9]\.\de-0[234]"):
-        trifold.compress(model, "rank80", text, tmp_path / "wrong", **SMALL)
-    assert not (tmp_path / "wrong").exists()
+    multiply, tensors = PackedLinear.multiply, proof.Written.tensors
+    if wrong == "a kernel":
+        monkeypatch.setattr(PackedLinear, "multiply", lambda self, x, bias=None: 1.05 * multiply(self, x, bias))
+    if wrong == "a norm":
+        monkeypatch.setattr(proof.Written, "tensors", damaged)
+    given = (tiny("llama", torch.bfloat16), "rank80", text, tmp_path / "out")
+    if wrong is None:
+        trifold.compress(*given, **SMALL)
+    else:
+        said = r"model\.layers\.0: hidden states from disk differ .*limit [1-9]\.\de-0[34]"
+        with pytest.raises(ProofError, match=said):
+            trifold.compress(*given, **SMALL)
+    assert (tmp_path / "out").exists() is (wrong is None)
 
 
 @pytest.mark.parametrize(

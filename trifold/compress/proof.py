@@ -3,8 +3,8 @@
 The written checkpoint is walked block by block, with packed modules and dispatched kernels, over the first
 calibration batch. Stored tensors must be bit-equal to the decided ones, logits close to the reference that
 used dequantised weights and plain matrix products. Except in float32 with activations as they are, each block
-starts from the reference, and may differ as much as plain products with the stored parts do: what is rounded between
-two factors grows with the second one.
+starts from the reference, and may differ as much as plain products part by part differ from such of whole weights:
+what is rounded between two factors grows with the second one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from trifold.compress.files import shard_files
 from trifold.compress.integration.modules import replace_modules
 from trifold.compress.journal import Journal, reference
 from trifold.compress.source import Source, materialise_buffers
+from trifold.core.canonical import Canonical, Dense
 from trifold.core.errors import ProofError
 from trifold.core.product import Product, product
 from trifold.formats import digest, layout, pack, rounds_input, unpack
@@ -31,7 +32,7 @@ from trifold.kernels.packed_linear import PackedLinear
 LOGITS_FP32 = 1e-3
 KL, RELATIVE_L2 = 1e-3, 2e-2
 PLAIN = 1.5
-"""In 16 bits, how much further from the reference kernels may be than plain products in the same dtype."""
+"""In 16 bits, how far from the reference kernels may be, in distances of plain products part by part."""
 _ROWS_AT_ONCE = 64  # positions whose logits are compared together
 
 
@@ -88,7 +89,7 @@ def prove(folder: Path, decided: Compressed, journal: Journal, ids: torch.Tensor
         distance, limit = _distance(hidden, wanted), LOGITS_FP32 if exact else RELATIVE_L2
         if not (exact or distance <= limit):
             packed = [model.get_submodule(name) for name in decided.modules if name.startswith(prefix)]
-            limit = max(limit, PLAIN * _distance(_plainly(blocks[index], packed, call, entered), wanted))
+            limit = max(limit, PLAIN * _rounding(blocks[index], packed, call, entered))
         if not distance <= limit:
             what = f"{source.blocks}.{index}: hidden states from disk differ from the reference by"
             raise ProofError(f"{what} {distance:.2e} (limit {limit:.1e})")
@@ -135,21 +136,31 @@ def _distance(found: torch.Tensor, reference: torch.Tensor) -> float:
     return float((found.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30))
 
 
-@torch.no_grad()
-def _plainly(block: torch.nn.Module, packed: Sequence[Any], call: Call, hidden: torch.Tensor) -> torch.Tensor:
-    """What a block gives with plain products of hidden's dtype, part by part, in place of its packed linears."""
+def _rounding(block: torch.nn.Module, packed: Sequence[Any], call: Call, hidden: torch.Tensor) -> float:
+    """How far apart a block's outputs are with plain products of hidden's dtype: with the parts of each weight one
+    after the other, and with the whole weight at once. What is wrong with the block is so with both."""
     linears: list[Any] = [module for module in packed if isinstance(module, PackedLinear)]
-    try:
-        for module in linears:
-            module.forward = _plain(module, hidden.dtype)
-        return own_state([call])[0].run(block, hidden)  # whose state the kernels' run has
-    finally:
-        for module in linears:
-            vars(module).pop("forward", None)
+    found = []
+    for form in (_whole, PackedLinear.canonical):
+        try:
+            for module in linears:
+                module.forward = _plain(form(module), module.bias, hidden.dtype)
+            with torch.no_grad():
+                found.append(own_state([call])[0].run(block, hidden))
+        finally:
+            for module in linears:
+                vars(module).pop("forward", None)
+    return _distance(found[1], found[0])
 
 
-def _plain(module: PackedLinear, dtype: torch.dtype) -> Product:
-    multiply, bias = product(module.canonical(), dtype), module.bias
+def _whole(module: PackedLinear) -> Canonical:
+    """Without parts, unless they round activations, which is no rounding of the product."""
+    weight = module.canonical()
+    return weight if rounds_input(module.spec) else Dense(weight.dequantize())
+
+
+def _plain(weight: Canonical, bias: torch.Tensor | None, dtype: torch.dtype) -> Product:
+    multiply = product(weight, dtype)
     return lambda x: multiply(x) if bias is None else multiply(x) + bias.to(x.dtype)
 
 
