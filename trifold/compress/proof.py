@@ -31,8 +31,8 @@ from trifold.kernels.packed_linear import PackedLinear
 
 LOGITS_FP32 = 1e-3
 KL, RELATIVE_L2 = 1e-3, 2e-2
-PLAIN = 1.5
-"""In 16 bits, how far from the reference kernels may be, in distances of plain products part by part."""
+ROUNDING = 1.5
+"""In 16 bits, how often what plain products round between factors a block may differ from the reference."""
 _ROWS_AT_ONCE = 64  # positions whose logits are compared together
 
 
@@ -89,7 +89,7 @@ def prove(folder: Path, decided: Compressed, journal: Journal, ids: torch.Tensor
         distance, limit = _distance(hidden, wanted), LOGITS_FP32 if exact else RELATIVE_L2
         if not (exact or distance <= limit):
             packed = [model.get_submodule(name) for name in decided.modules if name.startswith(prefix)]
-            limit = max(limit, PLAIN * _rounding(blocks[index], packed, call, entered))
+            limit = max(limit, ROUNDING * _rounding(blocks[index], packed, call, entered))
         if not distance <= limit:
             what = f"{source.blocks}.{index}: hidden states from disk differ from the reference by"
             raise ProofError(f"{what} {distance:.2e} (limit {limit:.1e})")

@@ -1,4 +1,4 @@
-"""Recipes: what to do to which layers. Validated models <-> YAML, preset names, `--set`."""
+"""Recipes: what to do to which layers. Validated models <-> YAML, preset names."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ import trifold.lowrank
 import trifold.quantizers
 import trifold.sparsity
 import trifold.tuning  # noqa: F401 - all four register their methods
+from trifold.compress.settings import assign, changed
 from trifold.core.errors import RecipeError, unknown_name
 from trifold.core.inputs import InputScheme
 from trifold.core.method import METHODS, LayerMethod, Method, Tuner
@@ -184,7 +185,7 @@ class Step(_Strict):
         return self
 
     def build(self, override: Mapping[str, Any] | None = None) -> Method:
-        return build_method(self.method, _changed(self.method, self.options, override or {}))
+        return build_method(self.method, changed(self.method, self.options, override or {}))
 
     def scheme_with(self, changes: Mapping[str, Any]) -> Scheme | None:
         """The scheme with an override's changes; None if the method takes none. Raises RecipeError."""
@@ -294,7 +295,7 @@ class Recipe(_Strict):
                 value = yaml.load(text, _Loader)
             except yaml.YAMLError:
                 value = text
-            _assign(data, key.strip(), value)
+            assign(data, key.strip(), value)
         return self._validated(data, self.name)
 
 
@@ -330,47 +331,6 @@ def _pattern(text: str) -> str:
     except re.error as error:
         raise ValueError(f"pattern {text!r} is not a regular expression ({error})") from error
     return text
-
-
-def _fields(data: dict[str, Any]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """Field -> [(owner, mapping that holds it)], with owners named as `--set OWNER.k=v` does."""
-    owners: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for field in ("nsamples", "seqlen", "seed", "true_sequential", "min_expert_tokens"):
-        owners.setdefault(field, []).append(("recipe", data))
-    for step in data["steps"]:
-        for part in ("scheme", "options"):
-            for field in step[part] or {}:
-                owners.setdefault(field, []).append((step["name"], step[part]))
-        for field in step["input"] or {}:
-            owners.setdefault(f"input.{field}", []).append((step["name"], step["input"]))
-        for field in ("targets", "ignore"):
-            owners.setdefault(field, []).append((step["name"], step))
-    return owners
-
-
-def _assign(data: dict[str, Any], key: str, value: Any) -> None:
-    owner, dot, field = key.rpartition(".")
-    if owner == "input" or owner.endswith(".input"):
-        owner, dot, _ = owner.rpartition("input")[0].rpartition(".")
-        field = f"input.{field}"
-    owners = _fields(data)
-    places = [place for name, place in owners.get(field, ()) if not dot or owner == name]
-    if not places:
-        known = {f"{o}.{f}" if owner else f for f, held in owners.items() for o, _ in held}
-        raise RecipeError(f"--set {key}: {unknown_name('setting', key, known)}")
-    for place in places:
-        listed = field in ("targets", "ignore") and not isinstance(value, list)
-        place[field.removeprefix("input.")] = [value] if listed else value
-    for step in data["steps"]:
-        if any(place is step["options"] for place in places):
-            step["options"] = _changed(step["method"], step["options"], {field: value})
-
-
-def _changed(method: str, options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with some of them changed, without those that the changed ones take the place of."""
-    instead = METHODS.get(method).instead
-    gone = {instead.get(option) for option, value in changes.items() if value is not None} - set(changes)
-    return {**{option: None if option in gone else value for option, value in options.items()}, **changes}
 
 
 def _explain(error: ValidationError, model: type[BaseModel] | None = None) -> str:
